@@ -1,0 +1,229 @@
+"""The HTTP environment: every tool call is a POST to the tool's URL, as hosted Agent RFT sends it.
+
+Guarantees: the model sees answers and 4xx; a server's failure (5xx, transport, timeout, an answer without `output`)
+is retried with the same call id and then raised as `ToolError`. Header values never appear in a text.
+Does not start servers: with `serve` the run does, and sets `base_url`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Literal
+from urllib.parse import urljoin, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from rft.envs.tasks import load_task
+from rft.errors import ToolError, UserError
+from rft.types import Item, ToolCall, ToolResult
+from rft.wire import MAX_BODY_BYTES, Reply, RetryPolicy, WireError, client, post_json, safe_url
+
+_CHECK_TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 256
+
+
+class HttpToolConfig(BaseModel):
+    """One tool and its endpoint; several tools may share a URL. `headers` are sent as they are and never shown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    server_url: str = Field(min_length=1)
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    timeout_s: float = Field(600.0, gt=0, description="per attempt")
+    max_attempts: int = Field(4, ge=1, description="the first and its retries")
+
+    @field_validator("headers")
+    @classmethod
+    def _sendable(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, value in headers.items():
+            if not (name + value.get_secret_value()).isprintable() or not name.isascii():
+                raise ValueError(f"header {name!r} contains characters that HTTP cannot send")
+        return headers
+
+
+class HttpEnvironmentConfig(BaseModel):
+    """Tools behind URLs. With `serve` the run serves a Python task itself, for as long as it lasts.
+
+    Then a `server_url` may be a path like `/search_codes`, and without `tools` all tools of the task are used.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["http"] = "http"
+    serve: str | None = None
+    tools: tuple[HttpToolConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> HttpEnvironmentConfig:
+        names = [tool.name for tool in self.tools]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tools: {', '.join(repeated)} appears twice")
+        if not self.tools and self.serve is None:
+            raise ValueError("tools: at least one is needed, or `serve` with the name of a task")
+        for tool in self.tools:
+            if not _is_absolute(tool.server_url) and not (self.serve and tool.server_url.startswith("/")):
+                raise ValueError(f"tools: the server_url of {tool.name} must start with http:// or https://")
+        return self
+
+
+def _is_absolute(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is no number
+        return False
+
+
+class HttpEnvironment:
+    """Serves any number of rollouts through one connection pool; `base_url` completes URLs that are paths."""
+
+    def __init__(
+        self, config: HttpEnvironmentConfig, base_url: str | None = None, retry: RetryPolicy | None = None
+    ) -> None:
+        self.config, self.base_url = config, base_url
+        self._retry = retry or RetryPolicy()
+        tools = config.tools or _tools_of(config.serve or "")
+        self._tools = {tool.name: tool for tool in tools}
+        self.tool_names = frozenset(self._tools)
+        # callers wait here, without a running deadline, rather than in the pool, where waiting costs time and CPU
+        self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._http = client(timeout_s=max(tool.timeout_s for tool in tools), max_connections=_MAX_CONNECTIONS)
+
+    async def check(self) -> None:
+        """Every host and port accepts a connection within 5 s, or UserError names tool, URL and cure."""
+        places: dict[tuple[str, int], HttpToolConfig] = {}
+        for tool in self._tools.values():
+            parts = urlsplit(self._url(tool))
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            places.setdefault((parts.hostname or "", port), tool)
+        await asyncio.gather(*(self._connect(tool, host, port) for (host, port), tool in places.items()))
+
+    async def open(self, item: Item, rollout_id: str) -> HttpSession:
+        return HttpSession(self, item, rollout_id)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def post(self, tool: HttpToolConfig, body: bytes) -> Reply:
+        """Send one call. Raises ToolError when the server failed for good."""
+        retry = RetryPolicy(tool.max_attempts, self._retry.first_wait_s, self._retry.max_wait_s)
+        headers = {name: value.get_secret_value() for name, value in tool.headers.items()}
+        try:
+            async with self._slots:
+                reply = await post_json(
+                    self._http,
+                    self._url(tool),
+                    body,
+                    headers=headers,
+                    timeout_s=tool.timeout_s,
+                    retry=retry,
+                    problem_of=_problem_of,
+                )
+        except WireError as error:
+            raise ToolError(f"tool {tool.name}: {error.problem}") from None
+        if 300 <= reply.status < 400:
+            where = safe_url(self._url(tool))
+            cure = "set server_url to the final address; redirects are not followed"
+            raise ToolError(f"tool {tool.name}: {where} answered with a redirect (HTTP {reply.status})", cure=cure)
+        return reply
+
+    def tool(self, name: str) -> HttpToolConfig | None:
+        return self._tools.get(name)
+
+    def _url(self, tool: HttpToolConfig) -> str:
+        if _is_absolute(tool.server_url):
+            return tool.server_url
+        if self.base_url is None:
+            raise RuntimeError(f"tool {tool.name}: base_url must be set before a task that the run serves is used")
+        return urljoin(self.base_url, tool.server_url)
+
+    async def _connect(self, tool: HttpToolConfig, host: str, port: int) -> None:
+        try:
+            async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(host, port)
+        except (OSError, TimeoutError) as error:
+            reason = getattr(error, "strerror", None) or f"no connection within {_CHECK_TIMEOUT_S:g} s"
+            raise UserError(
+                f"tool {tool.name}: {safe_url(self._url(tool))} cannot be reached ({reason})",
+                where="environment.tools",
+                cure=f"start it, e.g. `rft tools icd10 --port {port}`, or correct server_url",
+            ) from None
+        writer.close()
+
+
+class HttpSession:
+    """The tools of one rollout; calls may run at once."""
+
+    def __init__(self, environment: HttpEnvironment, item: Item, rollout_id: str) -> None:
+        self._environment, self._item, self._rollout_id = environment, item, rollout_id
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        """The server's answer as the model sees it; raises ToolError when the rollout must be discarded."""
+        tool = self._environment.tool(call.name)
+        if tool is None or call.name not in self._item.tool_names:
+            names = ", ".join(self._item.tool_names)
+            return ToolResult(
+                call_id=call.call_id, output=f"there is no tool {call.name}; the tools are: {names}", is_error=True
+            )
+        body = json.dumps(self._request(call), ensure_ascii=False).encode("utf-8", errors="replace")
+        if len(body) > MAX_BODY_BYTES:
+            return ToolResult(call_id=call.call_id, output=_too_large("request", call.name), is_error=True)
+        reply = await self._environment.post(tool, body)
+        output, is_error = _read(reply, call.name)
+        return ToolResult(
+            call_id=call.call_id,
+            output=output,
+            is_error=is_error,
+            latency_s=reply.latency_s,
+            num_attempts=reply.num_attempts,
+        )
+
+    async def close(self) -> None:
+        """Nothing to release: connections belong to the environment."""
+
+    def _request(self, call: ToolCall) -> dict[str, Any]:
+        return {
+            "type": "function_call",
+            "id": call.id,
+            "call_id": call.call_id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "trace_id": self._rollout_id,
+            "item": self._item.row,
+        }
+
+
+def _tools_of(task_name: str) -> tuple[HttpToolConfig, ...]:
+    names = [tool.name for tool in load_task(task_name).tools]
+    return tuple(HttpToolConfig(name=name, server_url=f"/{name}") for name in names)
+
+
+def _too_large(what: str, name: str) -> str:
+    return f"413: the {what} of {name} is larger than {MAX_BODY_BYTES:,} bytes"
+
+
+def _output_of(reply: Reply) -> str | None:
+    payload = reply.json()
+    output = payload.get("output") if isinstance(payload, dict) else None
+    return output if isinstance(output, str) else None
+
+
+def _problem_of(reply: Reply) -> str | None:
+    """Why a success is none: only a string `output` is an answer."""
+    if reply.is_too_large or not 200 <= reply.status < 300 or _output_of(reply) is not None:
+        return None
+    kind = "is not JSON" if reply.json() is None else 'has no string "output"'
+    return f"the answer (HTTP {reply.status}) {kind}"
+
+
+def _read(reply: Reply, name: str) -> tuple[str, bool]:
+    """What the model sees of a reply, and whether it is an error: 4xx payloads are shown as they came."""
+    if reply.is_too_large:
+        return _too_large("answer", name), True
+    is_error = reply.status >= 400
+    output = _output_of(reply)
+    if output is None:
+        output = reply.text.strip() or f"HTTP {reply.status}"
+    return output, is_error

@@ -1,0 +1,137 @@
+"""Tasks: named sets of tools written as Python functions, and the registry that finds them.
+
+A Task serves both ways: in the rollout's process (`environment.type: python`) and over HTTP (`rft tools NAME`).
+Arguments are validated before a tool runs; what the model got wrong comes back as an ArgumentError whose text is
+written for the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from rft.errors import UserError
+
+_BUILTIN = {"icd10": "rft.envs.tasks.icd10:TASK"}
+
+
+class ArgumentError(Exception):
+    """The model's call is wrong in a way it can repair; the text tells it how."""
+
+
+class Tool:
+    """A Python function as a tool: type hints and docstring are its schema, its result is text for the model.
+
+    Parameters take `Annotated[T, Field(description=...)]`. The function may raise ArgumentError; anything else it
+    raises is a failure of the tool.
+    """
+
+    def __init__(self, function: Callable[..., str]) -> None:
+        self.function = function
+        self.name: str = function.__name__
+
+    @cached_property
+    def _arguments(self) -> type[BaseModel]:
+        parameters = inspect.signature(self.function, eval_str=True).parameters.values()
+        fields: dict[str, Any] = {
+            parameter.name: (
+                parameter.annotation,
+                ... if parameter.default is inspect.Parameter.empty else parameter.default,
+            )
+            for parameter in parameters
+        }
+        return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
+
+    def spec(self) -> dict[str, Any]:
+        """The tool as a dataset row carries it in `tools`."""
+        function = {
+            "name": self.name,
+            "description": " ".join((inspect.getdoc(self.function) or "").split()),
+            "parameters": _without_titles(self._arguments.model_json_schema()),
+            "strict": True,
+        }
+        return {"type": "function", "function": function}
+
+    def run(self, arguments_json: str) -> str:
+        """Validate the arguments and run the function. Raises ArgumentError for what the model must repair."""
+        try:
+            arguments = json.loads(arguments_json)
+        except (ValueError, RecursionError) as error:
+            raise ArgumentError(f"arguments: not valid JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise ArgumentError("arguments: must be a JSON object")
+        try:
+            checked = self._arguments.model_validate(arguments)
+        except ValidationError as error:
+            raise ArgumentError(_explain(error)) from None
+        return self.function(**{name: getattr(checked, name) for name in type(checked).model_fields})
+
+
+def _nothing() -> None:
+    """A task that needs no preparation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named set of tools; `prepare` loads what they need, so that the first call is not the slow one."""
+
+    name: str
+    tools: tuple[Tool, ...]
+    prepare: Callable[[], None] = _nothing
+
+    def tool(self, name: str) -> Tool | None:
+        return next((tool for tool in self.tools if tool.name == name), None)
+
+    @property
+    def tool_names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self.tools)
+
+
+def load_task(name: str) -> Task:
+    """A task of rft by its name, or your own as `package.module:NAME`. Raises UserError naming the cure."""
+    module_name, colon, attribute = _BUILTIN.get(name, name).partition(":")
+    if not colon:
+        known = ", ".join(sorted(_BUILTIN))
+        raise UserError(f"there is no task {name}", where="task", cure=f"use {known} or package.module:NAME")
+    try:
+        task = getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        cure = "check the name, and that the module can be imported from here"
+        raise UserError(f"cannot be loaded: {error}", where=f"task {name}", cure=cure) from None
+    if not isinstance(task, Task):
+        cure = f"define {attribute} = Task(name=..., tools=(Tool(function), ...))"
+        raise UserError(f"{attribute} is a {type(task).__name__}, not a Task", where=f"task {name}", cure=cure)
+    return task
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per wrong argument, e.g. `arguments.query: field required`."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = ".".join(["arguments", *map(str, problem["loc"])])
+        text = "unknown argument" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"{path}: {text[0].lower()}{text[1:]}")
+    return "; ".join(lines)
+
+
+def _without_titles(schema: Any) -> Any:
+    """A JSON schema without pydantic's titles: they say nothing and cost prompt tokens."""
+    if isinstance(schema, list):
+        return [_without_titles(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # under "properties" a key is a parameter's name, and a parameter may be called title
+    return {
+        key: {name: _without_titles(part) for name, part in value.items()}
+        if key == "properties"
+        else _without_titles(value)
+        for key, value in schema.items()
+        if key != "title"
+    }

@@ -1,0 +1,87 @@
+"""The `rft` command. Prints results and one clear message per error; exit codes: 1 world, 2 user, 130 interrupted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rft.errors import RftError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback()
+def _root() -> None:
+    """Train an agent's model on its own tools and graders."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=2")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run of this name")] = False,
+    run: Annotated[str | None, typer.Option(help="the run's id: names a new run, or the one to resume")] = None,
+) -> None:
+    """Train. `accelerate launch -m rft train CONFIG` is the same on many processes."""
+    from rft.config import load_config
+    from rft.job import run_job
+
+    run_job(load_config(config, overrides), run_id=run, resume=resume)
+
+
+@app.command()
+def tools(
+    task: Annotated[str, typer.Argument(help="a task of rft.envs.tasks, or package.module:NAME")],
+    port: Annotated[int, typer.Option(help="0 lets the system choose")] = 8765,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+) -> None:
+    """Serve a Python task's tools over HTTP under the Agent RFT contract."""
+    from rft.envs.serve import serve
+    from rft.envs.tasks import load_task
+
+    serve(load_task(task), host, port)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart-001")],
+    out: Annotated[Path, typer.Argument(help="the model folder to write")],
+    checkpoint: Annotated[str, typer.Option(help="`last` or a step's name, e.g. step_000012")] = "last",
+) -> None:
+    """Merge a run's adapter into its base model: a folder that transformers and vLLM load."""
+    from rft.export import export as export_model
+
+    typer.echo(f"wrote {export_model(run, out, checkpoint)}")
+
+
+def main() -> None:
+    """Run the CLI; every expected failure becomes one message and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=False)
+    except RftError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing written is lost, continue with --resume", 130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full: {error.filename or os.getcwd()}\n  cure: free space, then --resume", 1)
+    except Exception as error:  # click's usage errors, which are not public through typer
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), 2)
+
+
+def _fail(text: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", style="red", markup=False)
+    sys.exit(code)

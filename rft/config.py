@@ -1,0 +1,205 @@
+"""RunConfig: everything that decides a run, from one YAML file plus `key=value` overrides.
+
+Importing this module loads no torch. Unknown keys, wrong types and values out of range are errors that name the
+field; the resolved config is written into the run folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from rft.envs import EnvironmentConfig
+from rft.errors import ConfigError
+from rft.graders import GraderSpec
+
+
+class Config(BaseModel):
+    """A section of the configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(Config):
+    """Low-rank adapters on the policy; `targets` is peft's `target_modules`."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class ModelConfig(Config):
+    """The policy: any folder that `AutoModelForCausalLM.from_pretrained` accepts."""
+
+    path: Path
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lora: LoraConfig = LoraConfig()
+
+
+class VllmEngineConfig(Config):
+    """A vLLM server: given by `url`, or launched by the run as a child process when `url` is null."""
+
+    type: Literal["vllm"] = "vllm"
+    url: str | None = None
+    max_model_len: int = Field(2048, ge=16)
+    max_concurrent: int = Field(64, ge=1, description="sequences sampled at once")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; a GPU uses gpu_memory_share")
+    gpu_memory_share: float = Field(0.45, gt=0, le=1)
+    start_timeout_s: float = Field(300.0, gt=0)
+    request_timeout_s: float = Field(300.0, gt=0)
+    args: list[str] = Field(default_factory=list, description="further flags of the server, passed on unchanged")
+
+
+class TransformersEngineConfig(Config):
+    """In-process sampling with transformers: deterministic, slow, needs no vLLM."""
+
+    type: Literal["transformers"] = "transformers"
+    max_model_len: int = Field(2048, ge=16)
+    max_concurrent: int = Field(64, ge=1, description="sequences sampled as one batch")
+    dtype: Literal["bfloat16", "float32"] | None = None  # null: the policy's
+
+
+EngineConfig = Annotated[VllmEngineConfig | TransformersEngineConfig, Field(discriminator="type")]
+
+
+class DataConfig(Config):
+    """JSONL files of dataset rows. Validation and test are optional; without them nothing is evaluated."""
+
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+
+
+class RolloutConfig(Config):
+    """The limits of one rollout. A limit ends it with its stop reason; what it said until then is graded."""
+
+    max_turns: int = Field(8, ge=1)
+    max_tokens_per_turn: int = Field(512, ge=1)
+    time_limit_s: float = Field(600.0, gt=0)
+    temperature: float = Field(0.8, gt=0, le=2)
+    max_concurrent: int = Field(64, ge=1, description="rollouts in flight")
+    max_discarded_share: float = Field(
+        0.5, ge=0, le=1, description="of a step's rollouts; beyond it the run stops and names the cause"
+    )
+
+
+class TrainingConfig(Config):
+    """GRPO. Rollouts per item = max(2, round(base_rollouts x compute_multiplier))."""
+
+    steps: int = Field(..., ge=0)
+    items_per_step: int = Field(8, ge=1)
+    base_rollouts: int = Field(8, ge=2)
+    compute_multiplier: float = Field(1.0, gt=0.00001, le=10)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    loss: Literal["dapo"] = "dapo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    advantage_scale: Literal["none", "group"] = "none"
+    batch: Literal["auto", "packed", "plain"] = "auto"
+    max_tokens_per_micro_batch: int = Field(4096, ge=16)
+    sync: Literal["auto", "adapter", "merged"] = "auto"
+    max_logprob_gap: float = Field(
+        0.2, gt=0, description="mean |engine - trainer| log-probability; beyond it the run stops"
+    )
+    checkpoint_every: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class EvaluationConfig(Config):
+    """Validation runs at step 0 and every `every` steps, the test split before step 1 and after the last."""
+
+    every: int = Field(10, ge=1)
+    validation_items: int | None = Field(None, ge=1)  # null: all
+    test_items: int | None = Field(None, ge=1)
+    rollouts_per_item: int = Field(1, ge=1)
+
+
+class RunConfig(Config):
+    """One training run, complete."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(0, ge=0, le=2147483647)
+    runs_dir: Path = Path("runs")
+    model: ModelConfig
+    engine: EngineConfig = VllmEngineConfig()
+    data: DataConfig
+    environment: EnvironmentConfig | None = None  # null: no tools
+    grader: GraderSpec
+    shadow_graders: dict[str, GraderSpec] = Field(default_factory=dict)
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def rollouts_per_item(self) -> int:
+        """What the compute multiplier buys: `max(2, round(base_rollouts x compute_multiplier))`."""
+        return max(2, round(self.training.base_rollouts * self.training.compute_multiplier))
+
+    @model_validator(mode="after")
+    def _turn_fits_engine(self) -> RunConfig:
+        if self.rollout.max_tokens_per_turn >= self.engine.max_model_len:
+            raise ValueError("rollout.max_tokens_per_turn must be below engine.max_model_len")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b.c=value` overrides (values are YAML), validate.
+
+    Raises ConfigError naming the file, the field and the cure.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("there is no such file", where=str(path), cure="check the path of the config") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot be read as YAML: {error}", where=str(path), cure="fix the file") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("must be a mapping of sections", where=str(path), cure="start from configs/quickstart.yaml")
+    for override in overrides or []:
+        _apply(tree, override)
+    return validate_config(tree, where=str(path))
+
+
+def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """Validate a config given as a plain tree; `where` names its source in errors."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), where=where, cure="see the config reference in README.md") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError("an override has the form key=value", where=override, cure="e.g. training.steps=2")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{parent} is a value, not a section", where=override, cure="check the key")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value is not YAML: {error}", where=override, cure="quote the value") from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        # pydantic puts the discriminator's tag into the path (engine.vllm.url): the user wrote engine.url
+        path = ".".join(str(part) for part in problem["loc"] if part not in ("vllm", "transformers", "http"))
+        lines.append(f"{path or 'config'}: {_sentence(problem['type'], problem['msg'])}")
+    return "; ".join(lines)
+
+
+def _sentence(kind: str, text: str) -> str:
+    return "unknown key" if kind == "extra_forbidden" else text[0].lower() + text[1:]

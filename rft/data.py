@@ -1,0 +1,278 @@
+"""Dataset rows: JSONL files -> Items, and which items a step works on.
+
+Guarantees: a row is accepted whole or the error names file, line, field and cure (up to ten problems at once); the
+order is a pure function of (seed, step), so that a resumed run needs no state. Does not look inside free fields.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from rft.errors import DataError
+from rft.types import Item, Message, Role, ToolCall
+
+MAX_PROBLEMS = 10
+_ROLES = get_args(Role)
+_TEXT_BLOCKS = ("text", "input_text", "output_text")
+_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+
+
+@dataclass(slots=True)
+class _Problems:
+    """What is wrong with one line; every problem names its field and its cure."""
+
+    line: int
+    found: list[tuple[int, str, str, str]] = field(default_factory=list)  # line, field, problem, cure
+
+    def add(self, path: str, problem: str, cure: str) -> None:
+        self.found.append((self.line, path, problem, cure))
+
+
+def load_items(path: Path, tool_names: frozenset[str] | None) -> list[Item]:
+    """The rows of a JSONL file as Items with ids `<file stem>-<line number>`; blank lines are skipped.
+
+    `tool_names` are the tools that have an endpoint; None skips that check. Raises DataError.
+    """
+    items: list[Item] = []
+    found: list[tuple[int, str, str, str]] = []
+    for line, raw in _lines(path):
+        problems = _Problems(line)
+        item = _parse_line(raw, f"{path.stem}-{line:05d}", tool_names, problems)
+        found += problems.found
+        if item is not None:
+            items.append(item)
+        if len(found) >= MAX_PROBLEMS:
+            break
+    if found:
+        _refuse(path, found[:MAX_PROBLEMS])
+    if not items:
+        raise DataError("the file has no rows", where=str(path), cure="write one JSON object per line")
+    return items
+
+
+def items_for_step(items: list[Item], step: int, items_per_step: int, seed: int) -> list[Item]:
+    """The items of 0-based `step`: a slice of seeded epochs laid end to end, each a permutation of `items`.
+
+    With at least `items_per_step` items no step holds an item twice, also where it crosses into a new epoch.
+    """
+    num_items, start = len(items), step * items_per_step
+    first = start // num_items
+    order: list[int] = []
+    chosen: list[Item] = []
+    for epoch in range((start + items_per_step - 1) // num_items + 1):
+        order = _epoch_order(epoch, order, num_items, items_per_step, seed)
+        if epoch >= first:
+            begin = max(0, start - epoch * num_items)
+            end = min(num_items, start + items_per_step - epoch * num_items)
+            chosen += [items[index] for index in order[begin:end]]
+    return chosen
+
+
+def overlap(first: list[Item], second: list[Item]) -> int:
+    """How many items of `second` have the same messages as some item of `first`: worth a warning when not 0."""
+    known = {_messages_key(item) for item in first}
+    return sum(_messages_key(item) in known for item in second)
+
+
+def _messages_key(item: Item) -> str:
+    return json.dumps([message.model_dump() for message in item.messages], sort_keys=True)
+
+
+def _epoch_order(epoch: int, previous: list[int], num_items: int, items_per_step: int, seed: int) -> list[int]:
+    """The permutation of an epoch; what the last step of `previous` already holds cannot complete that step."""
+    order = list(range(num_items))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    num_held = (epoch * num_items) % items_per_step
+    if num_held == 0 or num_items < items_per_step:
+        return order
+    held = set(previous[-num_held:])
+    head = [index for index in order if index not in held][: items_per_step - num_held]
+    taken = set(head)
+    return head + [index for index in order if index not in taken]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered non-blank lines as bytes: only a newline ends a line, whatever Unicode a string contains."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
+                if line:
+                    yield number, line
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(f"cannot be read: {reason}", where=str(path), cure="check the path") from None
+
+
+def _refuse(path: Path, found: list[tuple[int, str, str, str]]) -> NoReturn:
+    if len(found) == 1:
+        line, name, problem, cure = found[0]
+        raise DataError(problem, where=f"{path}:{line}: {name}", cure=cure)
+    lines = [f"{path}:{line}: {name}: {problem} (cure: {cure})" for line, name, problem, cure in found]
+    more = f"the first {len(found)}" if len(found) == MAX_PROBLEMS else str(len(found))
+    raise DataError(f"{more} problems:\n  " + "\n  ".join(lines), where=str(path), cure="fix the rows and start again")
+
+
+def _parse_line(raw: bytes, item_id: str, tool_names: frozenset[str] | None, problems: _Problems) -> Item | None:
+    row = _decode(raw, problems)
+    if row is None:
+        return None
+    messages = _parse_messages(row.get("messages"), problems)
+    tools = _parse_tools(row.get("tools"), tool_names, problems)
+    parallel = row.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        problems.add("parallel_tool_calls", "must be true or false", "drop the key for true")
+    if problems.found:
+        return None
+    return Item(id=item_id, row=row, messages=messages, tools=tools, parallel_tool_calls=parallel is not False)
+
+
+def _decode(raw: bytes, problems: _Problems) -> dict[str, Any] | None:
+    cure = "write one JSON object per line, in UTF-8"
+    try:
+        row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        # a lone surrogate escape is legal JSON that no tool, grader or file can encode
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        problems.add("row", f"is not UTF-8 (byte {error.start})", cure)
+    except UnicodeEncodeError:
+        problems.add("row", "contains half of a surrogate pair (\\ud800..\\udfff)", "remove the broken character")
+    except json.JSONDecodeError as error:
+        problems.add("row", f"is not JSON: {error.msg} at column {error.colno}", cure)
+    except (ValueError, RecursionError) as error:
+        problems.add("row", f"is not JSON: {error}", cure)
+    else:
+        if isinstance(row, dict):
+            return row
+        problems.add("row", f"is a JSON {_kind(row)}, not an object", cure)
+    return None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), "object")
+
+
+def _parse_messages(value: Any, problems: _Problems) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        problem = "is missing" if value is None else "must be a non-empty list"
+        problems.add("messages", problem, 'write "messages": [{"role": "user", "content": "..."}]')
+        return []
+    messages = [_parse_message(message, f"messages[{index}]", problems) for index, message in enumerate(value)]
+    last = value[-1].get("role") if isinstance(value[-1], dict) else None
+    if last in _ROLES and last not in ("user", "developer"):
+        cure = "end the row with the user's message; the model writes what follows"
+        problems.add(f"messages[{len(value) - 1}].role", f"the last message is from {last}, not from user", cure)
+    return [message for message in messages if message is not None]
+
+
+def _parse_message(value: Any, path: str, problems: _Problems) -> Message | None:
+    if not isinstance(value, dict):
+        problems.add(path, f"is a JSON {_kind(value)}, not an object", 'write {"role": ..., "content": ...}')
+        return None
+    num_before = len(problems.found)
+    role = value.get("role")
+    if role not in _ROLES:
+        problems.add(f"{path}.role", f"is {json.dumps(role)}", f"use one of {', '.join(_ROLES)}")
+    for key in sorted(key for key, part in value.items() if key not in _MESSAGE_KEYS and part is not None):
+        problems.add(f"{path}.{key}", "is not a key of a message", "remove it, or move it to the top of the row")
+    for key in ("name", "tool_call_id"):
+        if not isinstance(value.get(key), str | None):
+            problems.add(f"{path}.{key}", "must be a string", "write a string or drop the key")
+    calls = _parse_calls(value.get("tool_calls"), f"{path}.tool_calls", problems)
+    content = _parse_content(value.get("content"), f"{path}.content", bool(calls), problems)
+    if len(problems.found) > num_before:
+        return None
+    name, call_id = value.get("name"), value.get("tool_call_id")
+    return Message(role=role, content=content, name=name, tool_calls=calls, tool_call_id=call_id)
+
+
+def _parse_content(value: Any, path: str, may_be_null: bool, problems: _Problems) -> str:
+    """Text, or a list of text blocks whose texts are joined."""
+    if isinstance(value, str):
+        return value
+    if value is None and may_be_null:
+        return ""
+    if isinstance(value, list):
+        return "".join(_parse_block(block, f"{path}[{index}]", problems) for index, block in enumerate(value))
+    problem = "is missing" if value is None else f"is a JSON {_kind(value)}, not text"
+    problems.add(path, problem, "write a string or a list of text blocks")
+    return ""
+
+
+def _parse_block(block: Any, path: str, problems: _Problems) -> str:
+    kind = block.get("type") if isinstance(block, dict) else _kind(block)
+    if kind not in _TEXT_BLOCKS or not isinstance(block.get("text"), str):
+        cure = 'only text is trained on: {"type": "text", "text": "..."}'
+        problems.add(path, f"is not a text block (type {json.dumps(kind)})", cure)
+        return ""
+    text: str = block["text"]
+    return text
+
+
+def _parse_calls(value: Any, path: str, problems: _Problems) -> list[ToolCall]:
+    """Calls in a row's own history, in the shape of chat-completions."""
+    if value is None:
+        return []
+    try:
+        return [
+            ToolCall(
+                id=call.get("id") or f"fc_{index}",
+                call_id=call.get("id") or f"call_{index}",
+                name=call["function"]["name"],
+                arguments=call["function"]["arguments"],
+            )
+            for index, call in enumerate(value)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        cure = 'write [{"id": ..., "type": "function", "function": {"name": ..., "arguments": "<JSON string>"}}]'
+        problems.add(path, "is not a list of tool calls", cure)
+        return []
+
+
+def _parse_tools(value: Any, tool_names: frozenset[str] | None, problems: _Problems) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        problems.add("tools", f"is a JSON {_kind(value)}, not a list", "write a list of function tools")
+        return []
+    seen: set[str] = set()
+    for index, tool in enumerate(value):
+        name = _parse_tool(tool, f"tools[{index}]", problems)
+        if name is None:
+            continue
+        if name in seen:
+            problems.add(f"tools[{index}].function.name", f"{name} appears twice", "give every tool its own name")
+        elif tool_names is not None and name not in tool_names:
+            problems.add(f"tools[{index}].function.name", f"{name} has no endpoint", "add it to environment.tools")
+        seen.add(name)
+    return value
+
+
+def _parse_tool(tool: Any, path: str, problems: _Problems) -> str | None:
+    """The tool's name when it is well-formed."""
+    cure = 'write {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
+    if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+        problems.add(path, "is not a function tool", cure)
+        return None
+    function = tool["function"]
+    name, parameters = function.get("name"), function.get("parameters", {})
+    if not isinstance(name, str) or not name:
+        problems.add(f"{path}.function.name", "must be a non-empty string", cure)
+        return None
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+        problems.add(f"{path}.function.parameters", 'must be a JSON schema of type "object"', cure)
+        return None
+    if not isinstance(function.get("description"), str | None):
+        problems.add(f"{path}.function.description", "must be a string", cure)
+        return None
+    return name

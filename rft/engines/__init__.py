@@ -1,0 +1,88 @@
+"""Engines sample tokens from the policy. One file per engine, `build_engine` picks it.
+
+Token ids in, token ids and log-probabilities out: an engine never sees text and never re-tokenises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from rft.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample one completion. No top-p or top-k: the log-probabilities stay those of the full vocabulary."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was sampled: `logprobs[i]` is the natural log-probability of `ids[i]` at the sampling temperature.
+
+    With `finish_reason == "stop"` the last id is one of the stop ids.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """Weights on disk that an engine can load: a full model folder (`merged`, `reload`) at a policy version."""
+
+    version: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing now; `kv_cache_use` is a share between 0 and 1."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_use: float
+
+
+class Engine(Protocol):
+    """A sampler of the current policy. All methods may run concurrently except `load`, which waits its turn."""
+
+    policy_version: int
+
+    async def start(self) -> None:
+        """Be ready to sample, or raise `EngineError` naming cause and cure."""
+        ...
+
+    async def generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion: ...
+
+    async def load(self, weights: PublishedWeights) -> None:
+        """Sample from `weights` from now on; caches of older versions are dropped."""
+        ...
+
+    async def score(self, ids: list[int], start: int) -> list[float]:
+        """Log-probabilities at temperature 1 of `ids[start:]` given what precedes each (the sync's probe)."""
+        ...
+
+    async def load_metrics(self) -> EngineLoad: ...
+
+    async def close(self) -> None: ...
+
+
+def build_engine(config: RunConfig, log_path: Path) -> Engine:
+    """The engine that `config.engine.type` names, imported when used; a launched server logs to `log_path`."""
+    if config.engine.type == "vllm":
+        from rft.engines.vllm import VllmEngine
+
+        return VllmEngine(config.engine, config.model, log_path)
+    from rft.engines.transformers import TransformersEngine
+
+    return TransformersEngine(config.engine, config.model)

@@ -1,0 +1,275 @@
+"""One job: check everything cheap first, start what the run needs, train, report; whatever was started is stopped.
+
+States in state.json: starting -> running -> succeeded | failed | cancelled. A job that did not succeed can be
+continued with `resume`: it goes on after its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rft.chat import Chat
+from rft.collect import Collector
+from rft.config import RunConfig
+from rft.data import load_items, overlap
+from rft.engines import Engine, build_engine
+from rft.envs import Environment, build_environment
+from rft.envs.http import HttpEnvironmentConfig
+from rft.envs.serve import ToolServer
+from rft.errors import RftError, UserError
+from rft.graders import Grader, build_grader
+from rft.progress import Display
+from rft.report import final_table, write_report
+from rft.rollout import Workshop
+from rft.store import RunStore
+from rft.types import Item, Split
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from rft.trainers.grpo import Leader
+    from rft.trainers.policy import Policy
+
+# What a resumed run may change: where and how long it runs, never what it optimises.
+_MAY_CHANGE_ON_RESUME = {
+    "engine",
+    "runs_dir",
+    "evaluation",
+    "training.steps",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+}
+
+
+def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
+    """Train from `config` (or continue a run) and return the run folder. Raises RftError with one clear message."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    is_leader = int(os.environ.get("RANK", "0")) == 0
+    items = _load_splits(config)
+    chat = Chat.from_folder(config.model.path)
+    _check_fits(config, chat, items)
+    if not is_leader:
+        _follow(config, run_id, resume)
+        return config.runs_dir
+    with Display() as display:
+        store = _open_store(config, run_id, resume)
+        display.line(f"run folder: {store.path}")
+        with _recorded(store), asyncio.Runner() as loop:
+            stack = AsyncExitStack()
+            try:
+                _lead(config, store, display, items, chat, loop, stack)
+            finally:
+                loop.run(stack.aclose())
+        display.show(final_table(write_report(store)))
+        store.mark_done()
+        display.line(f"report: {store.path / 'report.json'} and report.png")
+    return store.path
+
+
+def _load_splits(config: RunConfig) -> dict[Split, list[Item]]:
+    """Every split that the config names, cut to the size the evaluation asks for. Raises DataError."""
+    tool_names = frozenset(tool_names_of(config))
+    splits: dict[Split, list[Item]] = {"train": load_items(config.data.train, tool_names)}
+    if config.data.validation is not None:
+        splits["validation"] = load_items(config.data.validation, tool_names)[: config.evaluation.validation_items]
+        shared = overlap(splits["train"], splits["validation"])
+        if shared:
+            logging.getLogger("rft").warning("%d validation rows are also in the training file", shared)
+    if config.data.test is not None:
+        splits["test"] = load_items(config.data.test, tool_names)[: config.evaluation.test_items]
+    return splits
+
+
+def tool_names_of(config: RunConfig) -> list[str]:
+    """The tools that rows may name."""
+    return sorted(build_environment(config.environment).tool_names) if config.environment else []
+
+
+def _check_fits(config: RunConfig, chat: Chat, items: dict[Split, list[Item]]) -> None:
+    """Every prompt must leave room for one turn inside the engine's context."""
+    room = config.engine.max_model_len - config.rollout.max_tokens_per_turn
+    for split in items.values():
+        for item in split:
+            length = len(chat.first_prompt(item))
+            if length > room:
+                raise UserError(
+                    f"the prompt has {length} tokens; engine.max_model_len leaves room for {room}",
+                    where=item.id,
+                    cure="raise engine.max_model_len or shorten the row",
+                )
+
+
+def _open_store(config: RunConfig, run_id: str | None, resume: bool) -> RunStore:
+    if not resume:
+        return RunStore.create(config.runs_dir, run_id or _next_id(config), config.model_dump(mode="json"))
+    path = config.runs_dir / run_id if run_id else _newest_unfinished(config)
+    store = RunStore.open(path)
+    _check_same(store.config(), config.model_dump(mode="json"))
+    return store
+
+
+def _next_id(config: RunConfig) -> str:
+    numbers = [int(path.name[-3:]) for path in config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]")]
+    return f"{config.name}-{max(numbers, default=0) + 1:03d}"
+
+
+def _newest_unfinished(config: RunConfig) -> Path:
+    runs = sorted(config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]"))
+    unfinished = [path for path in runs if not (path / "DONE").exists()]
+    if not unfinished:
+        raise UserError(
+            f"no unfinished run named {config.name}",
+            where=str(config.runs_dir),
+            cure="leave out --resume to start one, or name a run with --run",
+        )
+    return unfinished[-1]
+
+
+def _check_same(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> None:
+    """Refuse to continue a run under another objective. Raises UserError naming the first field that differs."""
+    for key in sorted(stored.keys() | asked.keys()):
+        path = f"{prefix}{key}"
+        old, new = stored.get(key), asked.get(key)
+        if path in _MAY_CHANGE_ON_RESUME or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            _check_same(old, new, f"{path}.")
+            continue
+        raise UserError(
+            f"the run was started with {old!r}, the config now says {new!r}",
+            where=path,
+            cure="resume with the config of the run (config.json in its folder), or start a new run",
+        )
+
+
+@contextmanager
+def _recorded(store: RunStore) -> Iterator[None]:
+    """Write how the job ends into its folder, whatever way it ends."""
+    store.write_state({"status": "starting"})
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(store, "cancelled", "interrupted")
+        raise
+    except RftError as error:
+        _end(store, "failed", str(error))
+        raise
+    except BaseException as error:  # a bug: recorded, then shown with its traceback
+        _end(store, "failed", f"{type(error).__name__}: {error}")
+        raise
+    _end(store, "succeeded", "")
+
+
+def _end(store: RunStore, status: str, error: str) -> None:
+    store.append_event("error" if status == "failed" else "info", f"job {status}", {"error": error} if error else None)
+    store.write_state({**store.read_state(), "status": status, "error": error or None})
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What a run samples with."""
+
+    engine: Engine
+    environment: Environment | None
+    grader: Grader
+    shadow_graders: dict[str, Grader]
+
+
+def _lead(
+    config: RunConfig,
+    store: RunStore,
+    display: Display,
+    items: dict[Split, list[Item]],
+    chat: Chat,
+    loop: asyncio.Runner,
+    stack: AsyncExitStack,
+) -> None:
+    from rft.trainers.grpo import Leader, train
+    from rft.trainers.sync import Sync
+
+    parts = loop.run(_build_parts(config, store, stack))
+    with display.phase("starting the engine and loading the model"):
+        accelerator, policy = loop.run(_start(config, parts.engine))
+    workshop = Workshop(
+        parts.engine,
+        chat,
+        parts.environment,
+        parts.grader,
+        parts.shadow_graders,
+        config.rollout,
+        config.engine.max_model_len,
+    )
+    leader = Leader(
+        loop=loop,
+        engine=parts.engine,
+        collector=Collector(workshop, store.path.name, config.seed, store.append_rollout),
+        sync=Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type),
+        store=store,
+        display=display,
+        items=items,
+        first_prompt=chat.first_prompt,
+    )
+    first_step = _restore(store, policy, display) + 1
+    train(config, policy, accelerator, leader, first_step)
+
+
+async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack) -> _Parts:
+    """Tools, graders and the engine, not yet started; tools are checked here, before anything heavy."""
+    environment = None
+    if config.environment is not None:
+        environment = build_environment(config.environment)
+        stack.push_async_callback(environment.close)
+        if isinstance(config.environment, HttpEnvironmentConfig) and config.environment.serve:
+            server = await stack.enter_async_context(ToolServer(config.environment.serve))
+            environment.base_url = server.base_url
+        await environment.check()
+    grader = build_grader(config.grader)
+    stack.push_async_callback(grader.close)
+    shadow_graders = {name: build_grader(spec) for name, spec in config.shadow_graders.items()}
+    for shadow in shadow_graders.values():
+        stack.push_async_callback(shadow.close)
+    engine = build_engine(config, store.engine_log)
+    stack.push_async_callback(engine.close)
+    return _Parts(engine, environment, grader, shadow_graders)
+
+
+async def _start(config: RunConfig, engine: Engine) -> tuple[Accelerator, Policy]:
+    """Start the engine while the policy loads: both take long, neither needs the other."""
+    loading = asyncio.create_task(asyncio.to_thread(_load_policy, config))
+    await engine.start()
+    return await loading
+
+
+def _load_policy(config: RunConfig) -> tuple[Accelerator, Policy]:
+    from rft.trainers.policy import Policy, build_accelerator
+
+    accelerator = build_accelerator(config.seed)
+    return accelerator, Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)
+
+
+def _restore(store: RunStore, policy: Policy, display: Display) -> int:
+    """Load the last checkpoint, if there is one, and put what came after it aside; the step it was made at."""
+    from rft.trainers import checkpoint
+
+    latest = checkpoint.latest(store.checkpoints)
+    step = 0
+    if latest is not None:
+        step = int(checkpoint.load(latest, policy)["step"])
+        display.line(f"continuing after step {step} ({latest})")
+    store.rewind(step)
+    return step
+
+
+def _follow(config: RunConfig, run_id: str | None, resume: bool) -> None:
+    """A rank that only trains: same policy, same steps, no engine, no run folder of its own."""
+    from rft.trainers.grpo import train
+
+    accelerator, policy = _load_policy(config)
+    train(config, policy, accelerator, None, 1)

@@ -1,0 +1,195 @@
+"""ONE rollout: sample a turn, run its tool calls, append the results, until it ends; then grade it.
+
+Guarantees: always returns a Rollout with a StopReason; the ids sent to the engine are the ids recorded; the session
+is closed on every path. Failures of the world become the rollout's stop reason (it is discarded and has no grade);
+a dead engine and bugs propagate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from rft.chat import Chat, tool_message
+from rft.config import RolloutConfig
+from rft.engines import Engine, SamplingParams
+from rft.envs import Environment, Session
+from rft.errors import EngineError, WorldError, attribute
+from rft.graders import Grader
+from rft.graders.sample import sample_of
+from rft.types import Grade, Item, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which rollout to make: its place in the run and what is derived from it."""
+
+    id: str
+    item: Item
+    split: Split
+    step: int
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What a rollout works with; shared by all rollouts of a run."""
+
+    engine: Engine
+    chat: Chat
+    environment: Environment | None
+    grader: Grader
+    shadow_graders: dict[str, Grader]
+    limits: RolloutConfig
+    max_model_len: int
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """The state of a rollout in flight; `context` is exactly what the engine has seen and said."""
+
+    started: float
+    context: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+
+async def run_rollout(attempt: Attempt, workshop: Workshop) -> Rollout:
+    """Make one attempt. Raises EngineError only when the engine cannot serve any request any more."""
+    started_at, conversation, error = time.time(), _Conversation(time.perf_counter()), None
+    grade: Grade | None = None
+    try:
+        stop_reason = await _converse_within_limit(attempt, workshop, conversation)
+        grade = await _grade(attempt, workshop, conversation, stop_reason, started_at)
+    except WorldError as failure:
+        reason = attribute(failure)
+        if reason is None or (isinstance(failure, EngineError) and not failure.retryable):
+            raise
+        stop_reason, error = reason, str(failure)
+    return _record(attempt, conversation, stop_reason, started_at, grade, error)
+
+
+def _record(
+    attempt: Attempt,
+    conversation: _Conversation,
+    stop_reason: StopReason,
+    started_at: float,
+    grade: Grade | None = None,
+    error: str | None = None,
+) -> Rollout:
+    return Rollout(
+        id=attempt.id,
+        item_id=attempt.item.id,
+        split=attempt.split,
+        step=attempt.step,
+        attempt=attempt.index,
+        seed=attempt.seed,
+        turns=conversation.turns,
+        stop_reason=stop_reason,
+        grade=grade,
+        error=error,
+        started_at=started_at,
+        duration_s=time.perf_counter() - conversation.started,
+    )
+
+
+async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
+    try:
+        async with asyncio.timeout(workshop.limits.time_limit_s):
+            return await _converse(attempt, workshop, conversation)
+    except TimeoutError:
+        return StopReason.TIME_LIMIT
+
+
+async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
+    session = await workshop.environment.open(attempt.item, attempt.id) if workshop.environment else None
+    try:
+        next_ids, is_fork = workshop.chat.first_prompt(attempt.item), False
+        for index in range(workshop.limits.max_turns):
+            turn = await _sample_turn(attempt, workshop, conversation, next_ids, is_fork, index)
+            if turn is None or turn.finish_reason == "length":
+                return StopReason.MAX_TOKENS
+            if not turn.message.tool_calls:
+                return StopReason.ANSWERED
+            if index + 1 == workshop.limits.max_turns:
+                return StopReason.MAX_TURNS
+            turn.results = await _call_tools(session, turn.message.tool_calls)
+            conversation.messages += [tool_message(result) for result in turn.results]
+            continuation = workshop.chat.continuation(attempt.item, conversation.messages, turn.output_ids)
+            next_ids, is_fork = continuation.ids, continuation.is_fork
+        raise AssertionError("the loop ends by returning")
+    finally:
+        if session is not None:
+            await session.close()
+
+
+async def _sample_turn(
+    attempt: Attempt, workshop: Workshop, conversation: _Conversation, ids: list[int], is_fork: bool, index: int
+) -> Turn | None:
+    """Sample one turn and append it; None when the context leaves no room for a token."""
+    prompt = ids if is_fork else conversation.context + ids
+    max_tokens = min(workshop.limits.max_tokens_per_turn, workshop.max_model_len - len(prompt))
+    if max_tokens < 1:
+        return None
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=workshop.limits.temperature,
+        seed=attempt.seed + index,
+        stop_token_ids=workshop.chat.stop_token_ids,
+    )
+    asked = time.perf_counter()
+    completion = await workshop.engine.generate(prompt, params, attempt.id)
+    message = workshop.chat.parse(completion.ids, attempt.item, f"{attempt.id[-16:]}_{index}")
+    turn = Turn(
+        input_ids=ids,
+        output_ids=completion.ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        policy_version=completion.policy_version,
+        message=message,
+        is_fork=is_fork,
+        started_s=asked - conversation.started,
+        sampled_s=time.perf_counter() - asked,
+    )
+    conversation.context = prompt + completion.ids
+    conversation.messages.append(message)
+    conversation.turns.append(turn)
+    return turn
+
+
+async def _call_tools(session: Session | None, calls: list[ToolCall]) -> list[ToolResult]:
+    """All calls of a turn at once, results in the order of the calls; the first failure cancels the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_call_tool(session, call)) for call in calls]
+    except* WorldError as failures:
+        raise _first(failures) from None
+    return [task.result() for task in tasks]
+
+
+def _first(failures: BaseExceptionGroup[WorldError]) -> WorldError:
+    """The first failure of a group: the others are consequences of the same turn."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    assert isinstance(failure, WorldError)
+    return failure
+
+
+async def _call_tool(session: Session | None, call: ToolCall) -> ToolResult:
+    if call.error is not None or session is None:
+        return ToolResult(call_id=call.call_id, output=f"Error: {call.error or 'there are no tools'}", is_error=True)
+    return await session.call(call)
+
+
+async def _grade(
+    attempt: Attempt, workshop: Workshop, conversation: _Conversation, stop_reason: StopReason, started_at: float
+) -> Grade:
+    """The grade, with the shadow graders' scores beside it."""
+    sample = sample_of(_record(attempt, conversation, stop_reason, started_at))
+    grade = await workshop.grader.grade(attempt.item, sample)
+    for name, grader in workshop.shadow_graders.items():
+        grade.shadow[name] = (await grader.grade(attempt.item, sample)).score
+    return grade

@@ -1,0 +1,155 @@
+"""The one HTTP client: deadlines, retries with jitter, size caps, and no secret in any text it produces.
+
+Guarantees: every attempt ends within its deadline, the number of attempts is bounded, a body larger than the cap is
+not read to its end, and neither header values nor credentials in URLs reach an error or a log.
+Does not know what a reply means: the caller decides which replies count as failures of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from rft.errors import WorldError
+
+MAX_BODY_BYTES = 1_000_000
+_CONNECT_TIMEOUT_S = 5.0
+
+
+class WireError(WorldError):
+    """No usable reply after all attempts; `num_attempts` were made."""
+
+    def __init__(self, problem: str, *, num_attempts: int) -> None:
+        super().__init__(problem, retryable=True)
+        self.num_attempts = num_attempts
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and how long to wait in between: a random share of `first_wait_s` doubled per attempt."""
+
+    max_attempts: int = 4
+    first_wait_s: float = 0.5
+    max_wait_s: float = 8.0
+
+    def wait_s(self, attempt: int) -> float:
+        """Seconds before the attempt after the 1-based `attempt`; jitter keeps a burst from returning as a burst."""
+        ceiling = min(self.max_wait_s, self.first_wait_s * 2 ** (attempt - 1))
+        return ceiling * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server answered. With `is_too_large` the body was cut at the cap and means nothing."""
+
+    status: int
+    body: bytes
+    is_too_large: bool = False
+    num_attempts: int = 1
+    latency_s: float = 0.0  # of the last attempt
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", errors="replace")
+
+    def json(self) -> Any:
+        """The decoded body, or None when it is not JSON."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+
+def client(*, timeout_s: float, max_connections: int) -> httpx.AsyncClient:
+    """A client that follows no redirects and ignores the environment's proxies: traffic goes where the URL says.
+
+    Waiting for a free connection counts towards the deadline: bound the concurrency before the pool.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # its INFO line per request prints whole URLs
+    timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False, trust_env=False)
+
+
+async def post_json(
+    http: httpx.AsyncClient,
+    url: str,
+    body: bytes,
+    *,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    retry: RetryPolicy,
+    problem_of: Callable[[Reply], str | None] | None = None,
+) -> Reply:
+    """POST a JSON body, the same bytes on every attempt; each attempt has `timeout_s`.
+
+    Retried: transport errors, timeouts, status 5xx, and replies for which `problem_of` returns a text.
+    Raises WireError with the last problem when all attempts failed.
+    """
+    problem = ""
+    for attempt in range(1, retry.max_attempts + 1):
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, content, is_too_large = await _exchange(http, url, body, headers)
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = _describe(error, timeout_s)
+        else:
+            reply = Reply(status, content, is_too_large, attempt, time.monotonic() - started)
+            problem = _server_problem(reply, problem_of)
+            if not problem:
+                return reply
+        if attempt < retry.max_attempts:
+            await asyncio.sleep(retry.wait_s(attempt))
+    raise WireError(f"{safe_url(url)} failed {retry.max_attempts} times: {problem}", num_attempts=retry.max_attempts)
+
+
+def redact(headers: Mapping[str, str]) -> dict[str, str]:
+    """Header names with their values hidden, for logs and errors."""
+    return dict.fromkeys(headers, "***")
+
+
+def safe_url(url: str) -> str:
+    """A URL without user, password, query and fragment, for logs and errors."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+async def _exchange(
+    http: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]
+) -> tuple[int, bytes, bool]:
+    """Status, body and whether the body was cut at the cap."""
+    all_headers = {"content-type": "application/json", **headers}
+    content = bytearray()
+    async with http.stream("POST", url, content=body, headers=all_headers) as response:
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > MAX_BODY_BYTES:
+                return response.status_code, b"", True
+    return response.status_code, bytes(content), False
+
+
+def _server_problem(reply: Reply, problem_of: Callable[[Reply], str | None] | None) -> str:
+    if reply.status >= 500:
+        return f"HTTP {reply.status}: {reply.text[:200]}" if reply.body else f"HTTP {reply.status}"
+    return (problem_of(reply) or "") if problem_of else ""
+
+
+def _describe(error: Exception, timeout_s: float) -> str:
+    """What went wrong, in words of our own: texts of the HTTP library can quote header values."""
+    if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
+        return "cannot connect"
+    if isinstance(error, TimeoutError | httpx.TimeoutException):
+        return f"no answer within {timeout_s:g} s"
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError | httpx.CloseError):
+        return "the connection broke before the answer was complete"
+    return f"the request cannot be sent ({type(error).__name__})"

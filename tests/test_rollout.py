@@ -1,0 +1,218 @@
+"""One rollout: every ending, exact ids, nothing left open."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scripted_engine import Script, ScriptedEngine
+from tiny import tiny_tokenizer
+
+from rft.chat import Chat
+from rft.config import RolloutConfig
+from rft.errors import EngineError, GraderError, ToolError, WorldError
+from rft.rollout import Attempt, Workshop, run_rollout
+from rft.types import Grade, Item, Rollout, StopReason, ToolCall, ToolResult
+
+CALL = '<tool_call>{"name": "search", "arguments": {"query": "mi"}}</tool_call>'
+ROW = {"messages": [{"role": "user", "content": "Heart attack"}]}
+SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
+
+
+class RecordingEnvironment:
+    """Answers every call by `answer`; knows which sessions are open."""
+
+    tool_names = frozenset({"search"})
+
+    def __init__(self, answer: Callable[[ToolCall], str], delay_s: float = 0.0) -> None:
+        self.answer, self.delay_s = answer, delay_s
+        self.calls: list[tuple[str, ToolCall]] = []
+        self.num_open = 0
+
+    async def check(self) -> None:
+        return None
+
+    async def open(self, item: Item, rollout_id: str) -> RecordingSession:
+        self.num_open += 1
+        return RecordingSession(self, rollout_id)
+
+    async def close(self) -> None:
+        return None
+
+
+class RecordingSession:
+    def __init__(self, environment: RecordingEnvironment, rollout_id: str) -> None:
+        self.environment, self.rollout_id = environment, rollout_id
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        self.environment.calls.append((self.rollout_id, call))
+        await asyncio.sleep(self.environment.delay_s)
+        return ToolResult(call_id=call.call_id, output=self.environment.answer(call))
+
+    async def close(self) -> None:
+        self.environment.num_open -= 1
+
+
+class RecordingGrader:
+    """Grades 1 when `right` is in the answer; raises `error` when it has one."""
+
+    def __init__(self, right: str = "I21", error: WorldError | None = None) -> None:
+        self.right, self.error = right, error
+        self.samples: list[dict[str, Any]] = []
+
+    async def grade(self, item: Item, sample: dict[str, Any]) -> Grade:
+        self.samples.append(sample)
+        if self.error:
+            raise self.error
+        return Grade(score=float(self.right in sample["output_text"]))
+
+    async def close(self) -> None:
+        return None
+
+
+def say(*turns: str) -> Script:
+    return lambda prompt, rollout_id, turn: turns[turn]
+
+
+def an_item(**changes: Any) -> Item:
+    return Item.model_validate({"id": "x-1", "row": ROW, "messages": ROW["messages"], "tools": [SEARCH]} | changes)
+
+
+def an_attempt(item: Item | None = None, index: int = 0) -> Attempt:
+    return Attempt(f"trace_{index:032x}", item or an_item(), "train", 1, index, seed=index * 1000)
+
+
+def a_workshop(script: Script, **changes: Any) -> Workshop:
+    chat = Chat(tiny_tokenizer())
+    fields: dict[str, Any] = {
+        "engine": ScriptedEngine(chat, script),
+        "chat": chat,
+        "environment": RecordingEnvironment(lambda call: "I21.9 Acute myocardial infarction"),
+        "grader": RecordingGrader(),
+        "shadow_graders": {},
+        "limits": RolloutConfig(max_turns=3, max_tokens_per_turn=400, time_limit_s=5),
+        "max_model_len": 4096,
+    }
+    return Workshop(**fields | changes)
+
+
+def run(workshop: Workshop, attempt: Attempt | None = None) -> Rollout:
+    return asyncio.run(run_rollout(attempt or an_attempt(), workshop))
+
+
+def test_a_call_and_an_answer() -> None:
+    workshop = a_workshop(say(CALL, "I21.9"))
+    rollout = run(workshop)
+    assert rollout.stop_reason is StopReason.ANSWERED
+    assert rollout.output_text == "I21.9"
+    assert rollout.grade is not None and rollout.grade.score == 1.0
+    assert rollout.has_valid_call
+    ((rollout_id, call),) = workshop.environment.calls
+    assert rollout_id == rollout.id and json.loads(call.arguments) == {"query": "mi"}
+    assert workshop.environment.num_open == 0
+
+
+def test_the_ids_sent_are_the_ids_recorded() -> None:
+    workshop = a_workshop(say(CALL, CALL, "I21.9"))
+    rollout = run(workshop)
+    (sequence,) = rollout.sequences
+    lengths = {len(sequence.ids), len(sequence.mask), len(sequence.logprobs), len(sequence.versions)}
+    assert len(lengths) == 1
+    sent = [prompt for _, prompt, _ in workshop.engine.requests]
+    for prompt, turn in zip(sent, rollout.turns, strict=True):
+        assert sequence.ids[: len(prompt)] == prompt
+        assert sequence.ids[len(prompt) : len(prompt) + len(turn.output_ids)] == turn.output_ids
+        assert all(sequence.mask[len(prompt) : len(prompt) + len(turn.output_ids)])
+    assert sum(sequence.mask) == rollout.num_sampled_tokens
+
+
+def test_a_malformed_call_is_shown_to_the_model_and_not_executed() -> None:
+    workshop = a_workshop(say("<tool_call>{bad}</tool_call>", "I21.9"))
+    rollout = run(workshop)
+    assert rollout.stop_reason is StopReason.ANSWERED
+    assert not rollout.has_valid_call
+    assert workshop.environment.calls == []
+    (result,) = rollout.turns[0].results
+    assert result.is_error and "not valid JSON" in result.output
+    assert "not valid JSON" in workshop.chat.tokenizer.decode(rollout.turns[1].input_ids)
+
+
+def test_calls_of_one_turn_run_at_once() -> None:
+    workshop = a_workshop(say(CALL * 4, "I21.9"), environment=RecordingEnvironment(lambda call: "x", delay_s=0.2))
+    rollout = run(workshop)
+    assert len(rollout.tool_calls) == 4
+    assert rollout.duration_s < 0.7  # four in a row would take 0.8 s
+
+
+@pytest.mark.parametrize(
+    ("script", "limits", "reason"),
+    [
+        (say(CALL, CALL, CALL), {"max_turns": 2}, StopReason.MAX_TURNS),
+        (say("word " * 40), {"max_tokens_per_turn": 20}, StopReason.MAX_TOKENS),
+    ],
+)
+def test_limits_end_a_rollout_and_it_is_graded(script: Script, limits: dict[str, Any], reason: StopReason) -> None:
+    rollout = run(a_workshop(script, limits=RolloutConfig(**limits)))
+    assert rollout.stop_reason is reason
+    assert rollout.grade is not None
+
+
+def test_a_full_context_ends_the_rollout() -> None:
+    workshop = a_workshop(say(CALL, CALL, CALL))
+    first = len(workshop.chat.first_prompt(an_item()))
+    rollout = run(a_workshop(say(CALL, CALL, CALL), max_model_len=first + len(CALL) + 3))
+    assert rollout.stop_reason is StopReason.MAX_TOKENS
+    assert len(rollout.turns) == 1
+
+
+def test_the_time_limit_ends_a_rollout_and_closes_its_session() -> None:
+    environment = RecordingEnvironment(lambda call: "x", delay_s=30)
+    limits = RolloutConfig(time_limit_s=0.3, max_tokens_per_turn=200)
+    rollout = run(a_workshop(say(CALL), environment=environment, limits=limits))
+    assert rollout.stop_reason is StopReason.TIME_LIMIT
+    assert rollout.duration_s < 5
+    assert environment.num_open == 0
+
+
+def _fail_with(error: WorldError) -> Callable[[ToolCall], str]:
+    def answer(call: ToolCall) -> str:
+        raise error
+
+    return answer
+
+
+def test_a_failed_tool_discards_the_rollout() -> None:
+    environment = RecordingEnvironment(_fail_with(ToolError("search: HTTP 500")))
+    rollout = run(a_workshop(say(CALL), environment=environment))
+    assert rollout.stop_reason is StopReason.TOOL_FAILED
+    assert rollout.stop_reason.is_discarded
+    assert rollout.grade is None and rollout.error == "search: HTTP 500"
+    assert environment.num_open == 0
+
+
+def test_a_failed_grader_discards_the_rollout() -> None:
+    rollout = run(a_workshop(say("I21.9"), grader=RecordingGrader(error=GraderError("no answer"))))
+    assert rollout.stop_reason is StopReason.GRADER_FAILED
+    assert rollout.grade is None
+
+
+def test_a_passing_engine_failure_discards_and_a_dead_engine_propagates() -> None:
+    workshop = a_workshop(say("I21.9"))
+    workshop.engine.failures = {0: EngineError("reset", retryable=True), 1: EngineError("engine died")}
+    assert run(workshop, an_attempt(index=0)).stop_reason is StopReason.ENGINE_FAILED
+    with pytest.raises(EngineError, match="engine died"):
+        run(workshop, an_attempt(index=1))
+
+
+def test_a_bug_propagates() -> None:
+    with pytest.raises(IndexError):
+        run(a_workshop(say()))
+
+
+def test_shadow_graders_are_recorded_beside_the_grade() -> None:
+    rollout = run(a_workshop(say("I21.9"), shadow_graders={"other": RecordingGrader(right="J45")}))
+    assert rollout.grade is not None
+    assert (rollout.grade.score, rollout.grade.shadow) == (1.0, {"other": 0.0})

@@ -1,0 +1,382 @@
+"""Attacks and accidents: whatever the code does, every call ends, the next one works, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rft.sandbox import CodeError, Sandbox, SandboxError
+
+SOURCE = """
+import os, sys, time
+
+calls = 0
+
+def grade(attack, *args):
+    global calls
+    calls += 1
+    return globals()[attack](*args)
+
+def count(): return calls
+def echo(value): return value
+def loop():
+    while True: pass
+def allocate(): return len(bytearray(8 << 30))
+def leave(code): os._exit(code)
+def leave_politely(): sys.exit(0)
+def kill_itself(signal): os.kill(os.getpid(), signal)
+def kill_everybody():
+    try: os.kill(-1, 9)
+    except OSError: pass
+    os.kill(os.getpid(), 9)
+def recurse(): return recurse()
+def overflow_c_stack():
+    import ctypes
+    ctypes.string_at(0)
+def shout():
+    for _ in range(100): sys.stdout.write("x" * (1 << 20))
+    sys.stderr.write("x" * (1 << 20))
+    return 1
+def write_everywhere():
+    for fd in range(256):
+        try: os.write(fd, b"\\xff\\xff\\xff\\xff forged")
+        except OSError: pass
+    return 1
+def close_everything():
+    os.closerange(0, 256)
+    while True: pass
+def connect(port):
+    import socket
+    socket.create_connection(("127.0.0.1", port), timeout=2)
+def fork_bomb():
+    children = 0
+    try:
+        while children < 5000:
+            if os.fork() == 0:
+                time.sleep(100)
+            children += 1
+    except OSError:
+        return children
+    return children
+def leave_a_daemon(path):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while True:
+                with open(path, "a") as file: file.write("x")
+                time.sleep(0.01)
+        os._exit(0)
+    return 1
+def fill(size):
+    with open("big", "wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(b"x")
+def litter():
+    os.makedirs("a/b"); open("a/b/c", "w").close(); os.chmod("a", 0); os.chmod(".", 0)
+    return 1
+def nest():
+    for _ in range(3000):
+        os.mkdir("d"); os.chdir("d")
+    return 1
+def listing(): return os.listdir(".")
+def environment(): return dict(os.environ)
+def large(): return "x" * (2 << 20)
+def no_json(): return {1, 2}
+def loaded(name): return name in sys.modules
+def write_file(path):
+    with open(path, "w") as file: file.write("x")
+"""
+
+
+def in_sandbox(story: Callable[[Sandbox], Awaitable[Any]], source: str = SOURCE, **options: Any) -> Any:
+    async def tell() -> Any:
+        sandbox = Sandbox(source, **{"num_workers": 1, "wall_s": 10.0, **options})
+        try:
+            async with asyncio.timeout(30):
+                return await story(sandbox)
+        finally:
+            await sandbox.close()
+
+    return asyncio.run(tell())
+
+
+async def failure(sandbox: Sandbox, *args: Any) -> CodeError:
+    with pytest.raises(CodeError) as caught:
+        await sandbox.call(*args)
+    assert await sandbox.call("echo", 7) == 7, "the sandbox must work after an attack"
+    return caught.value
+
+
+def test_values_travel_both_ways() -> None:
+    value = {"a": [1, 2.5, None, True, "ü\ud800 }}"], "b": {"c": []}}
+    assert in_sandbox(lambda sandbox: sandbox.call("echo", value)) == value
+
+
+def test_calls_see_nothing_of_each_other() -> None:
+    async def story(sandbox: Sandbox) -> list[int]:
+        return [await sandbox.call("count") for _ in range(3)]
+
+    assert in_sandbox(story) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "text"),
+    [
+        (["allocate"], "exception", "MemoryError"),
+        (["recurse"], "exception", "RecursionError"),
+        (["overflow_c_stack"], "exit", "SIGSEGV"),
+        (["leave", 3], "exit", "exit code 3"),
+        (["leave", 0], "exit", "exit code 0"),
+        (["leave_politely"], "exception", "SystemExit"),
+        (["kill_itself", 15], "exit", "SIGTERM"),
+        (["no_json"], "exception", "set has no JSON form"),
+        (["large"], "exception", "larger than"),
+        (["unknown"], "exception", "KeyError"),
+        (["write_everywhere"], "exception", "pipe"),
+        (["nest"], "exception", "cannot be removed"),
+        (["fill", 2**30], "exception", "File too large"),
+    ],
+)
+def test_code_that_fails(attack: list[Any], kind: str, text: str) -> None:
+    error = in_sandbox(lambda sandbox: failure(sandbox, *attack))
+    assert (error.kind, text in error.detail) == (kind, True), error.detail
+
+
+def test_traceback_is_short_and_shows_the_line() -> None:
+    error = in_sandbox(lambda sandbox: failure(sandbox, "recurse"))
+    assert "def recurse(): return recurse()" in error.detail
+    assert "sandbox_worker" not in error.detail
+    assert len(error.detail) <= 2000
+
+
+@pytest.mark.parametrize("attack", ["loop", "close_everything"])
+def test_timeout_ends_the_call_and_keeps_the_worker(attack: str) -> None:
+    async def story(sandbox: Sandbox) -> tuple[CodeError, float]:
+        await sandbox.call("echo", 1)
+        started = time.monotonic()
+        return await failure(sandbox, attack), time.monotonic() - started
+
+    error, duration_s = in_sandbox(story, wall_s=0.5)
+    assert error.kind == "timeout"
+    assert 0.5 <= duration_s < 3
+
+
+@pytest.mark.parametrize("attack", [["kill_itself", 9], ["kill_everybody"]])
+def test_a_kill_is_not_the_codes_failure(attack: list[Any]) -> None:
+    async def story(sandbox: Sandbox) -> Any:
+        with pytest.raises(SandboxError) as caught:
+            await sandbox.call(*attack)
+        assert caught.value.retryable
+        return await sandbox.call("echo", 7)
+
+    assert in_sandbox(story) == 7
+
+
+def test_a_killed_worker_is_replaced() -> None:
+    async def story(sandbox: Sandbox) -> Any:
+        await sandbox.call("echo", 1)
+        (worker,) = sandbox._live
+        os.killpg(worker.process.pid, 9)
+        with pytest.raises(SandboxError):
+            await sandbox.call("echo", 2)
+        return await sandbox.call("echo", 3)
+
+    assert in_sandbox(story) == 3
+
+
+def test_output_is_dropped() -> None:
+    assert in_sandbox(lambda sandbox: sandbox.call("shout")) == 1
+
+
+def test_no_network() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        error = in_sandbox(lambda sandbox: failure(sandbox, "connect", port))
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert "Network is unreachable" in error.detail
+
+
+def test_protection_is_stated() -> None:
+    async def story(sandbox: Sandbox) -> str:
+        await sandbox.call("echo", 1)
+        return sandbox.protection
+
+    protection = in_sandbox(story)
+    assert "network: none; processes: own namespace, at most 64" in protection, protection
+
+
+def test_fork_bomb_is_limited_and_cleared() -> None:
+    async def story(sandbox: Sandbox) -> tuple[int, int]:
+        return await sandbox.call("fork_bomb"), await sandbox.call("fork_bomb")
+
+    first, second = in_sandbox(story)
+    assert 0 < first <= 64
+    assert second == first, "children of the first call were left"
+
+
+def test_daemons_end_with_their_call(tmp_path: Path) -> None:
+    path = tmp_path / "alive"
+    path.touch()
+    for folder in [path, *path.parents]:
+        if folder.stat().st_uid == os.geteuid() and folder.is_relative_to(tmp_path.parent.parent):
+            folder.chmod(0o777)
+
+    async def story(sandbox: Sandbox) -> int:
+        await sandbox.call("leave_a_daemon", str(path))
+        size = path.stat().st_size
+        for _ in range(50):
+            await sandbox.call("echo", 1)
+        return path.stat().st_size - size
+
+    assert in_sandbox(story) == 0
+
+
+def test_scratch_folder_is_emptied_and_removed() -> None:
+    async def story(sandbox: Sandbox) -> tuple[list[str], str]:
+        await sandbox.call("litter")
+        (worker,) = sandbox._live
+        return await sandbox.call("listing"), worker.scratch.name
+
+    listing, folder = in_sandbox(story)
+    assert listing == []
+    assert not os.path.exists(folder)
+
+
+def test_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    environment = in_sandbox(lambda sandbox: sandbox.call("environment"))
+    assert "hunter2" not in environment.values()
+    assert set(environment) <= {
+        *("PATH", "LANG", "HOME", "TMPDIR", "LC_CTYPE", "OPENBLAS_CORETYPE", "LD_LIBRARY_PATH"),
+        *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is dropped to a user that cannot write elsewhere")
+def test_root_cannot_write_outside(tmp_path: Path) -> None:
+    error = in_sandbox(lambda sandbox: failure(sandbox, "write_file", str(tmp_path / "owned")))
+    assert "PermissionError" in error.detail
+
+
+def test_imports_only_what_the_source_imports() -> None:
+    assert in_sandbox(lambda sandbox: sandbox.call("loaded", "numpy")) is False
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    source = "import numpy\ndef grade(x):\n    return [numpy.float32(x), numpy.int64(2), numpy.bool_(True)]"
+    assert in_sandbox(lambda sandbox: sandbox.call(0.5), source) == [0.5, 2, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "text"),
+    [
+        ("1 / 0", "exception", "ZeroDivisionError"),
+        ("import no_such_package", "exception", "ModuleNotFoundError"),
+        ("x = 1", "exception", "KeyError: 'grade'"),
+        ("import os; os._exit(5)", "exit", "while it was loaded"),
+        ("import sys; sys.exit(0)", "exception", "SystemExit"),
+    ],
+)
+def test_source_that_does_not_load_fails_every_call(source: str, kind: str, text: str) -> None:
+    async def story(sandbox: Sandbox) -> list[CodeError]:
+        errors = []
+        for _ in range(2):
+            with pytest.raises(CodeError) as caught:
+                await sandbox.call()
+            errors.append(caught.value)
+        return errors
+
+    for error in in_sandbox(story, source):
+        assert (error.kind, text in error.detail) == (kind, True), error.detail
+
+
+def test_calls_run_in_parallel_up_to_the_number_of_workers() -> None:
+    source = "import time\ndef grade():\n    started = time.monotonic(); time.sleep(0.2)\n    return started, time.monotonic()"
+
+    async def story(sandbox: Sandbox) -> list[list[float]]:
+        return list(await asyncio.gather(*(sandbox.call() for _ in range(4))))
+
+    spans = in_sandbox(story, source, num_workers=2)
+    at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
+    assert max(at_once) == 2
+
+
+def test_cancelling_a_call_frees_its_slot() -> None:
+    async def story(sandbox: Sandbox) -> Any:
+        await sandbox.call("echo", 1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await sandbox.call("loop")
+        return await sandbox.call("echo", 2)
+
+    assert in_sandbox(story) == 2
+
+
+def test_closing_ends_calls_in_flight() -> None:
+    async def story(sandbox: Sandbox) -> None:
+        await sandbox.call("echo", 1)
+        call = asyncio.create_task(sandbox.call("loop"))
+        await asyncio.sleep(0)
+        await sandbox.close()
+        with pytest.raises(SandboxError):
+            await call
+        with pytest.raises(SandboxError, match="closed"):
+            await sandbox.call("echo", 1)
+
+    in_sandbox(story)
+
+
+def test_workers_die_with_rft() -> None:
+    program = textwrap.dedent("""
+        import asyncio, os, sys
+        from rft.sandbox import Sandbox
+        async def main():
+            sandbox = Sandbox("import os\\ndef grade(loop):\\n    while loop: pass\\n    return 1")
+            await sandbox.call(False)
+            print(*(worker.process.pid for worker in sandbox._live), flush=True)
+            await sandbox.call(True)
+        asyncio.run(main())
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker_pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait(10)
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while is_alive(worker_pid):
+        assert time.monotonic() < deadline, "the worker outlived rft"
+        time.sleep(0.01)  # the kernel delivers the signal in its own time
+
+
+def is_alive(pid: int) -> bool:
+    """False for a zombie too: it runs nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_rate_of_small_calls() -> None:
+    async def story(sandbox: Sandbox) -> float:
+        await asyncio.gather(*(sandbox.call("echo", 1) for _ in range(2)))
+        started = time.monotonic()
+        await asyncio.gather(*(sandbox.call("echo", 1) for _ in range(600)))
+        return 600 / (time.monotonic() - started)
+
+    rate = in_sandbox(story, num_workers=2)
+    assert rate > 60, f"{rate:.0f} calls a second: far below the 300 and more of an idle machine"

@@ -1,0 +1,261 @@
+"""GRPO, told top to bottom: sample groups, drop those that teach nothing, advantages, one optimizer step, sync, measure.
+
+Every rank runs `train`. Rank 0 has a `Leader` (engine, collector, run folder); it alone samples and writes, and
+shares the window's micro-batches, so no collective depends on what a rollout contains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from rft.collect import Collector
+from rft.config import RunConfig
+from rft.data import items_for_step
+from rft.engines import Engine
+from rft.errors import NumericsError
+from rft.evaluate import evaluate
+from rft.metrics import rollout_metrics
+from rft.progress import Display
+from rft.store import RunStore
+from rft.trainers import checkpoint
+from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks
+from rft.trainers.objective import advantages
+from rft.trainers.policy import Policy, StepStats
+from rft.trainers.sync import ProbeResult, Sync
+from rft.types import Group, Item, Rollout, Split
+
+log = logging.getLogger("rft")
+T = TypeVar("T")
+
+_MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
+_PROBE_SEQUENCES = 2
+
+
+@dataclass(slots=True)
+class Leader:
+    """What only rank 0 has. `items` holds the splits that exist."""
+
+    loop: asyncio.Runner
+    engine: Engine
+    collector: Collector
+    sync: Sync
+    store: RunStore
+    display: Display
+    items: dict[Split, list[Item]]
+    first_prompt: Callable[[Item], list[int]]
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one optimizer step trains on: this rank's micro-batches and the token count over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    num_tokens: int
+
+
+def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: Leader | None, first_step: int) -> None:
+    """Run steps `first_step` to `training.steps`, then the test split.
+
+    Step s samples with policy version s-1 and makes version s. Raises NumericsError, SyncError, EngineError or
+    NoProgressError; the run folder then holds everything up to the last completed step.
+    """
+    if leader is not None:
+        _begin(config, policy, leader, first_step)
+    num_skipped = 0
+    for step in range(first_step, config.training.steps + 1):
+        clock = _Clock()
+        groups = _sample(config, leader, step) if leader is not None else []
+        clock.lap("sampling")
+        window = _share(_window(config, policy, groups, accelerator.num_processes), accelerator)
+        stats = _update(policy, window)
+        clock.lap("training")
+        num_skipped = _count_skips(stats, num_skipped)
+        if leader is not None:
+            probe = _publish(policy, leader, step, groups)
+            clock.lap("sync")
+            _check_gap(config, stats, step)
+            _record(leader, config, step, groups, stats, probe, clock)
+            _save(config, policy, leader, step)
+            if step % config.evaluation.every == 0 or step == config.training.steps:
+                _evaluate(config, leader, "validation", step)
+    if leader is not None:
+        _evaluate(config, leader, "test", config.training.steps)
+
+
+def _begin(config: RunConfig, policy: Policy, leader: Leader, first_step: int) -> None:
+    """Bring the engine to the policy's version and measure where the run starts."""
+    prompts = [leader.first_prompt(item) for item in leader.items["train"][:_PROBE_SEQUENCES]]
+    if first_step > 1:
+        leader.wait(leader.engine.load(leader.sync.publish(policy, first_step - 1)))
+    leader.wait(leader.sync.probe(policy, leader.engine, prompts))
+    due = first_step == 1 or (first_step - 1) % config.evaluation.every == 0
+    if due or first_step > config.training.steps:
+        _evaluate(config, leader, "validation", first_step - 1)
+    if first_step == 1:
+        _evaluate(config, leader, "test", 0)
+
+
+def _sample(config: RunConfig, leader: Leader, step: int) -> list[Group]:
+    items = items_for_step(leader.items["train"], step - 1, config.training.items_per_step, config.seed)
+    total = len(items) * config.rollouts_per_item
+    with leader.display.phase(f"step {step}: sampling", total, keep=False) as phase:
+        leader.collector.on_rollout = _observer(leader.store, phase.advance)
+        return leader.wait(leader.collector.collect(items, "train", step, config.rollouts_per_item))
+
+
+def _observer(store: RunStore, advance: Callable[[], None]) -> Callable[[Rollout], None]:
+    def observe(rollout: Rollout) -> None:
+        store.append_rollout(rollout)
+        if not rollout.stop_reason.is_discarded:
+            advance()
+
+    return observe
+
+
+def _window(config: RunConfig, policy: Policy, groups: list[Group], num_ranks: int) -> list[Window]:
+    """One window per rank. Groups with equal grades are dropped here: their advantages are zero."""
+    useful = [group for group in groups if group.has_signal]
+    scale = config.training.advantage_scale
+    micro_batches = policy.micro_batches(useful, [advantages(torch.tensor(group.scores), scale) for group in useful])
+    num_tokens = count_tokens(micro_batches)
+    return [Window(share, num_tokens) for share in split_over_ranks(micro_batches, num_ranks)]
+
+
+def _share(windows: list[Window], accelerator: Accelerator) -> Window:
+    """Rank 0's windows to all ranks; each takes its own."""
+    if accelerator.num_processes == 1:
+        return windows[0]
+    box = [windows]
+    broadcast_object_list(box, from_process=0)
+    return box[0][accelerator.process_index]
+
+
+def _update(policy: Policy, window: Window) -> StepStats | None:
+    """One optimizer step; None when no group carried signal."""
+    return policy.step(window.micro_batches, window.num_tokens) if window.num_tokens else None
+
+
+def _count_skips(stats: StepStats | None, num_skipped: int) -> int:
+    if stats is None or not stats.is_skipped:
+        return 0
+    if num_skipped + 1 >= _MAX_SKIPPED:
+        raise NumericsError(
+            f"the loss or its gradient was not finite in {_MAX_SKIPPED} steps in a row",
+            cure="lower training.learning_rate, or set model.dtype=float32",
+        )
+    return num_skipped + 1
+
+
+def _check_gap(config: RunConfig, stats: StepStats | None, step: int) -> None:
+    if stats is not None and stats.gap_mean > config.training.max_logprob_gap:
+        raise NumericsError(
+            f"engine and trainer disagree at step {step}: mean |log-probability difference| {stats.gap_mean:.3f}",
+            cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
+        )
+
+
+def _publish(policy: Policy, leader: Leader, step: int, groups: list[Group]) -> ProbeResult:
+    """The new weights to the engine, and the proof that they arrived."""
+    leader.wait(leader.engine.load(leader.sync.publish(policy, step)))
+    rollouts = [group.rollouts[0] for group in groups[:_PROBE_SEQUENCES]]
+    return leader.wait(leader.sync.probe(policy, leader.engine, [r.sequences[-1].ids for r in rollouts]))
+
+
+def _record(
+    leader: Leader,
+    config: RunConfig,
+    step: int,
+    groups: list[Group],
+    stats: StepStats | None,
+    probe: ProbeResult,
+    clock: _Clock,
+) -> None:
+    row: dict[str, Any] = {"step": step, "kind": "training"}
+    row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
+    row |= {"groups/total": len(groups), "groups/no_signal": sum(not group.has_signal for group in groups)}
+    row |= stats.metrics() if stats is not None else {}
+    row |= {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
+    row |= clock.metrics()
+    leader.store.append_metrics(row)
+    leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
+    leader.display.line(_step_line(row, config.training.steps))
+
+
+def _step_line(row: dict[str, Any], num_steps: int) -> str:
+    shadows = "".join(
+        f"  {name.removeprefix('train/shadow/')} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith("train/shadow/") and not name.endswith("_ci95")
+    )
+    gap = f"{row['logprob_gap/mean']:.4f}" if "logprob_gap/mean" in row else "-"
+    return (
+        f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
+        f"  valid calls {row['train/valid_call_share']:.2f}"
+        f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
+        f"  log-prob gap {gap}"
+        f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
+        f" sync {row['time/sync_s']:.1f})"
+    )
+
+
+def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
+    if step % config.training.checkpoint_every == 0 or step == config.training.steps:
+        checkpoint.save(leader.store.checkpoints, step, policy, {})
+        checkpoint.prune(leader.store.checkpoints, config.training.keep_checkpoints)
+
+
+def _evaluate(config: RunConfig, leader: Leader, split: Split, step: int) -> None:
+    """Evaluate a split once per version; a row that a resumed run already has is not made again."""
+    items = leader.items.get(split)
+    done = any(
+        row.get("kind") == "evaluation" and row["split"] == split and row["step"] == step
+        for row in leader.store.metrics()
+    )
+    if not items or done:
+        return
+    rollouts_per_item = config.evaluation.rollouts_per_item
+    with leader.display.phase(f"step {step}: evaluating {split}", len(items) * rollouts_per_item, keep=False) as phase:
+        leader.collector.on_rollout = _observer(leader.store, phase.advance)
+        row = leader.wait(evaluate(leader.collector, items, split, step, rollouts_per_item))
+    leader.store.append_metrics(row)
+    leader.display.line(_evaluation_line(row))
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    shadows = [name for name in row if name.startswith("shadow/") and not name.endswith("_ci95")]
+    parts = [
+        f"{name.removeprefix('shadow/')} {row[name]:.3f} ± {row[f'{name}_ci95']:.3f}"
+        for name in ["grade", *shadows, "valid_call_share"]
+    ]
+    return (
+        f"{row['split']} at step {row['step']}: {', '.join(parts)}"
+        f"  ({row['num_items']} items, {row['num_rollouts']} rollouts, {row['seconds']:.0f} s)"
+    )
+
+
+class _Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self._started = self._lap = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase], self._lap = now - self._lap, now
+
+    def metrics(self) -> dict[str, float]:
+        row = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return row | {"time/step_s": time.perf_counter() - self._started}
