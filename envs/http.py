@@ -26,13 +26,13 @@ _MAX_CONNECTIONS = 256
 class HttpToolConfig(BaseModel):
     """One tool and its endpoint; several tools may share a URL. `headers` are sent as they are and never shown."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     name: str = Field(min_length=1)
     server_url: str = Field(min_length=1)
     headers: dict[str, SecretStr] = Field(default_factory=dict)
-    timeout_s: float = Field(600.0, gt=0, description="per attempt")
-    max_attempts: int = Field(4, ge=1, description="the first and its retries")
+    timeout_s: float = Field(default=600.0, gt=0, description="per attempt")
+    max_attempts: int = Field(default=4, ge=1, description="the first and its retries")
 
     @field_validator("headers")
     @classmethod
@@ -49,7 +49,7 @@ class HttpEnvironmentConfig(BaseModel):
     Then a `server_url` may be a path like `/search_codes`, and without `tools` all tools of the task are used.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     type: Literal["http"] = "http"
     serve: str | None = None
@@ -207,7 +207,9 @@ def _too_large(what: str, name: str) -> str:
 def _output_of(reply: Reply) -> str | None:
     payload = reply.json()
     output = payload.get("output") if isinstance(payload, dict) else None
-    return output if isinstance(output, str) else None
+    if not isinstance(output, str):
+        return None
+    return output.encode("utf-8", errors="replace").decode()  # half a surrogate pair could not be written anywhere
 
 
 def _problem_of(reply: Reply) -> str | None:

@@ -25,7 +25,7 @@ class PythonEnvironmentConfig(BaseModel):
 
     type: Literal["python"] = "python"
     task: str = Field(min_length=1)
-    timeout_s: float = Field(600.0, gt=0, description="per tool call")
+    timeout_s: float = Field(default=600.0, gt=0, description="per tool call")
 
 
 class PythonEnvironment:
@@ -80,6 +80,7 @@ class PythonSession:
             raise ToolError(f"tool {tool.name} raised {type(error).__name__}: {error}") from error
         if not isinstance(output, str):
             raise ToolError(f"tool {tool.name} returned {type(output).__name__}, not text")
-        if len(output.encode()) > MAX_BODY_BYTES:
+        text = output.encode("utf-8", errors="replace")  # half a surrogate pair could not be written anywhere
+        if len(text) > MAX_BODY_BYTES:
             return f"413: the answer of {tool.name} is larger than {MAX_BODY_BYTES:,} bytes", True
-        return output, False
+        return text.decode(), False

@@ -190,7 +190,7 @@ def _parse_message(value: Any, path: str, problems: _Problems) -> Message | None
             problems.add(f"{path}.{key}", "must be a string", "write a string or drop the key")
     calls = _parse_calls(value.get("tool_calls"), f"{path}.tool_calls", problems)
     content = _parse_content(value.get("content"), f"{path}.content", bool(calls), problems)
-    if len(problems.found) > num_before:
+    if role not in _ROLES or len(problems.found) > num_before:
         return None
     name, call_id = value.get("name"), value.get("tool_call_id")
     return Message(role=role, content=content, name=name, tool_calls=calls, tool_call_id=call_id)

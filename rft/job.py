@@ -56,12 +56,12 @@ def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = Fals
     chat = Chat.from_folder(config.model.path)
     _check_fits(config, chat, items)
     if not is_leader:
-        _follow(config, run_id, resume)
+        _follow(config)
         return config.runs_dir
     with Display() as display:
         store = _open_store(config, run_id, resume)
         display.line(f"run folder: {store.path}")
-        with _recorded(store), asyncio.Runner() as loop:
+        with store, _recorded(store), asyncio.Runner() as loop:
             stack = AsyncExitStack()
             try:
                 _lead(config, store, display, items, chat, loop, stack)
@@ -195,7 +195,8 @@ def _lead(
     from rft.trainers.sync import Sync
 
     parts = loop.run(_build_parts(config, store, stack))
-    with display.phase("starting the engine and loading the model"):
+    with display.phase("starting the engine and loading the model") as phase:
+        parts.engine.on_status = phase.status
         accelerator, policy = loop.run(_start(config, parts.engine))
     workshop = Workshop(
         parts.engine,
@@ -210,14 +211,19 @@ def _lead(
         loop=loop,
         engine=parts.engine,
         collector=Collector(workshop, store.path.name, config.seed, store.append_rollout),
-        sync=Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type),
+        sync=Sync(
+            config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype
+        ),
         store=store,
         display=display,
         items=items,
         first_prompt=chat.first_prompt,
     )
-    first_step = _restore(store, policy, display) + 1
-    train(config, policy, accelerator, leader, first_step)
+    step = _restore(_latest_checkpoint(store.checkpoints, accelerator), policy)
+    store.rewind(step)
+    if step:
+        display.line(f"continuing after step {step}")
+    train(config, policy, accelerator, leader, step + 1)
 
 
 async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack) -> _Parts:
@@ -227,7 +233,7 @@ async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack
         environment = build_environment(config.environment)
         stack.push_async_callback(environment.close)
         if isinstance(config.environment, HttpEnvironmentConfig) and config.environment.serve:
-            server = await stack.enter_async_context(ToolServer(config.environment.serve))
+            server = stack.enter_context(ToolServer(config.environment.serve))
             environment.base_url = server.base_url
         await environment.check()
     grader = build_grader(config.grader)
@@ -241,7 +247,13 @@ async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack
 
 
 async def _start(config: RunConfig, engine: Engine) -> tuple[Accelerator, Policy]:
-    """Start the engine while the policy loads: both take long, neither needs the other."""
+    """Start a server engine while the policy loads: both take long, neither needs the other.
+
+    An in-process engine goes first: transformers cannot load two models in two threads of one process.
+    """
+    if config.engine.type == "transformers":
+        await engine.start()
+        return await asyncio.to_thread(_load_policy, config)
     loading = asyncio.create_task(asyncio.to_thread(_load_policy, config))
     await engine.start()
     return await loading
@@ -254,22 +266,29 @@ def _load_policy(config: RunConfig) -> tuple[Accelerator, Policy]:
     return accelerator, Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)
 
 
-def _restore(store: RunStore, policy: Policy, display: Display) -> int:
-    """Load the last checkpoint, if there is one, and put what came after it aside; the step it was made at."""
+def _latest_checkpoint(folder: Path | None, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to continue from, as rank 0 sees it; `folder` is None on the other ranks."""
+    from accelerate.utils import broadcast_object_list
+
     from rft.trainers import checkpoint
 
-    latest = checkpoint.latest(store.checkpoints)
-    step = 0
-    if latest is not None:
-        step = int(checkpoint.load(latest, policy)["step"])
-        display.line(f"continuing after step {step} ({latest})")
-    store.rewind(step)
-    return step
+    box = [checkpoint.latest(folder) if folder is not None else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box, from_process=0)
+    return box[0]
 
 
-def _follow(config: RunConfig, run_id: str | None, resume: bool) -> None:
+def _restore(latest: Path | None, policy: Policy) -> int:
+    """Load a checkpoint, if there is one; the step it was made at, 0 without one."""
+    from rft.trainers import checkpoint
+
+    return int(checkpoint.load(latest, policy)["step"]) if latest is not None else 0
+
+
+def _follow(config: RunConfig) -> None:
     """A rank that only trains: same policy, same steps, no engine, no run folder of its own."""
     from rft.trainers.grpo import train
 
     accelerator, policy = _load_policy(config)
-    train(config, policy, accelerator, None, 1)
+    step = _restore(_latest_checkpoint(None, accelerator), policy)
+    train(config, policy, accelerator, None, step + 1)

@@ -1,11 +1,13 @@
-"""Numbers about rollouts: means with intervals, shares, counts. Pure functions of records; no torch, no disk."""
+"""Numbers about rollouts: means with intervals, shares, counts, and the lines that show them. No torch, no disk."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from rft.types import Group, Rollout
 
@@ -60,3 +62,50 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "grader_errors": sum(1 for rollout in rollouts if rollout.grade and rollout.grade.errors),
         "forks": sum(turn.is_fork for rollout in rollouts for turn in rollout.turns),
     }
+
+
+def step_line(row: dict[str, Any], num_steps: int) -> str:
+    """One training row as the line a person follows."""
+    shadows = "".join(
+        f"  {name.removeprefix('train/shadow/')} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith("train/shadow/") and not name.endswith("_ci95")
+    )
+    gap = f"{row['logprob_gap/mean']:.4f}" if "logprob_gap/mean" in row else "-"
+    return (
+        f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
+        f"  valid calls {row['train/valid_call_share']:.2f}"
+        f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
+        f"  log-prob gap {gap}"
+        f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
+        f" sync {row['time/sync_s']:.1f})"
+    )
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """One evaluation row as a line: each measure with its 95% interval."""
+    shadows = [name for name in row if name.startswith("shadow/") and not name.endswith("_ci95")]
+    parts = [
+        f"{name.removeprefix('shadow/')} {row[name]:.3f} ± {row[f'{name}_ci95']:.3f}"
+        for name in ["grade", *shadows, "valid_call_share"]
+    ]
+    return (
+        f"{row['split']} at step {row['step']}: {', '.join(parts)}"
+        f"  ({row['num_items']} items, {row['num_rollouts']} rollouts, {row['seconds']:.0f} s)"
+    )
+
+
+class Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self._started = self._lap = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase], self._lap = now - self._lap, now
+
+    def metrics(self) -> dict[str, float]:
+        row = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return row | {"time/step_s": time.perf_counter() - self._started}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rft.errors import RftError, WorldError
+from rft.sandbox_worker import empty
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 START_S = 60.0  # for a worker to come up and isolate itself
@@ -102,7 +103,7 @@ class Sandbox:
                     raise worker.load_error
                 reply = await self._ask(worker, args)
             finally:  # also on cancellation: a worker in the middle of a call is of no use
-                await self._put_back(worker, is_usable=_is_usable(worker, reply))
+                await self._put_back(worker, is_usable=reply is not None or worker.load_error is not None)
         return _value_of(reply)
 
     async def close(self) -> None:
@@ -175,11 +176,6 @@ class Sandbox:
         return CodeError("exception", str(loaded.get("detail"))) if "error" in loaded else None
 
 
-def _is_usable(worker: _Worker, reply: dict[str, Any] | None) -> bool:
-    """A worker whose source does not load keeps its error; one that gave no reply, or a last one, is replaced."""
-    return worker.load_error is not None or (reply is not None and not reply.get("is_last"))
-
-
 def _value_of(reply: dict[str, Any]) -> Any:
     if "value" in reply:
         return reply["value"]
@@ -226,6 +222,8 @@ async def _stop(worker: _Worker) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             os.killpg(worker.process.pid, signal.SIGKILL)
     await worker.process.wait()
+    with contextlib.suppress(OSError):  # what cannot be removed must not end the run; `cleanup` warns of nothing either
+        empty(worker.scratch.name)
     worker.scratch.cleanup()
 
 

@@ -1,4 +1,4 @@
-"""The process that runs untrusted Python for rft.sandbox. Standard library only: it is started by path, not imported.
+"""The process that runs untrusted Python for rft.sandbox. It is started by path: standard library only.
 
 It isolates itself (namespaces, unprivileged user, resource limits), loads the source once, and then runs every call
 in a fork of itself: no call can change what a later one sees, and what a call leaves behind is killed and removed.
@@ -182,26 +182,29 @@ def collect(pid: int, reply_fd: int, owner: socket.socket, wall_s: float) -> dic
     poll = select.poll()
     poll.register(reply_fd, select.POLLIN)
     poll.register(owner, select.POLLIN)
-    deadline, data = time.monotonic() + wall_s, b""
+    deadline, data, ended = time.monotonic() + wall_s, b"", None
     while time.monotonic() < deadline:
-        ready = {fd for fd, _ in poll.poll(POLL_S * 1000)}
+        ready = {fd for fd, _ in poll.poll(0 if ended else POLL_S * 1000)}
         if owner.fileno() in ready:  # nobody speaks during a call: rft closed the socket or died
             os._exit(0)
         chunk = os.read(reply_fd, 1 << 16) if reply_fd in ready else b""
         data += chunk
         if is_complete(data):
             return parse(data)
-        if not chunk:
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # reaped later, by `sweep`
-            if ended is not None:
-                return died(ended)
-            if reply_fd in ready:  # closed by the code itself, which goes on
-                poll.unregister(reply_fd)
+        if chunk:
+            continue
+        if ended is not None:  # and it was found dead before its pipe was found empty
+            return died(ended)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # reaped later, by `sweep`
+        if ended is None and reply_fd in ready:  # closed by the code itself, which goes on
+            poll.unregister(reply_fd)
     return {"error": "timeout", "detail": f"TimeoutError: the call took longer than {wall_s:g} s"}
 
 
 def is_complete(data: bytes) -> bool:
-    return len(data) >= 4 and len(data) >= 4 + min(struct.unpack("!I", data[:4])[0], MAX_REPLY_BYTES)
+    """True when the frame is whole, or too large to wait for."""
+    size = struct.unpack("!I", data[:4])[0] if len(data) >= 4 else 0
+    return len(data) >= 4 and (size > MAX_REPLY_BYTES or len(data) >= 4 + size)
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -230,30 +233,44 @@ def died(ended: os.waitid_result) -> dict[str, Any]:
 # --- the worker ------------------------------------------------------------------------------------------------------
 
 
-def sweep(is_init: bool, pid: int) -> str:
-    """End everything a call left behind and empty the scratch folder; returns why that was not possible, or ""."""
+def sweep(is_init: bool, pid: int) -> None:
+    """End everything a call left behind and empty the scratch folder."""
     os.kill(-1 if is_init and os.getpid() == 1 else pid, signal.SIGKILL)  # -1: all of this namespace but its process 1
     while True:
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             break
-    try:
-        empty(".")
-    except (OSError, RecursionError) as error:
-        return f"{type(error).__name__}: what the call left in its folder cannot be removed"
-    return ""
+    empty(".")
 
 
 def empty(folder: str) -> None:
-    """Remove what is in `folder`, also from folders whose permissions the call took away."""
+    """Remove what is in `folder`, without recursion and without long paths: a call may nest folders without end."""
     os.chmod(folder, 0o700)
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            empty(entry.path)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+    inside: list[str] = []
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    while True:
+        child = remove_files(fd)
+        if child is not None:
+            os.chmod(child, 0o700, dir_fd=fd)
+            inside.append(child)
+        elif not inside:
+            return os.close(fd)
+        after = os.open(child or "..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        os.close(fd)
+        fd = after
+        if child is None:
+            os.rmdir(inside.pop(), dir_fd=fd)
+
+
+def remove_files(folder_fd: int) -> str | None:
+    """Unlink until a folder is met, and return its name; None when nothing is left."""
+    with os.scandir(folder_fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return entry.name
+            os.unlink(entry.name, dir_fd=folder_fd)
+    return None
 
 
 def serve(owner: socket.socket, function: Callable[..., Any], settings: dict[str, Any], is_init: bool) -> None:
@@ -269,8 +286,7 @@ def serve(owner: socket.socket, function: Callable[..., Any], settings: dict[str
         os.close(write_fd)
         reply = collect(pid, reply_fd, owner, settings["wall_s"])
         os.close(reply_fd)
-        if problem := sweep(is_init, pid):
-            return send(owner, {"id": request["id"], "is_last": True, "error": "exception", "detail": problem})
+        sweep(is_init, pid)
         send(owner, {"id": request["id"], **reply})
 
 

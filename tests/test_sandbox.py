@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rft.sandbox import CodeError, Sandbox, SandboxError
+from rft.sandbox_worker import POLL_S
 
 SOURCE = """
 import os, sys, time
@@ -86,7 +87,7 @@ def litter():
     os.makedirs("a/b"); open("a/b/c", "w").close(); os.chmod("a", 0); os.chmod(".", 0)
     return 1
 def nest():
-    for _ in range(3000):
+    for _ in range(1200):
         os.mkdir("d"); os.chdir("d")
     return 1
 def listing(): return os.listdir(".")
@@ -143,8 +144,7 @@ def test_calls_see_nothing_of_each_other() -> None:
         (["no_json"], "exception", "set has no JSON form"),
         (["large"], "exception", "larger than"),
         (["unknown"], "exception", "KeyError"),
-        (["write_everywhere"], "exception", "pipe"),
-        (["nest"], "exception", "cannot be removed"),
+        (["write_everywhere"], "exception", "larger than"),
         (["fill", 2**30], "exception", "File too large"),
     ],
 )
@@ -247,6 +247,7 @@ def test_daemons_end_with_their_call(tmp_path: Path) -> None:
 def test_scratch_folder_is_emptied_and_removed() -> None:
     async def story(sandbox: Sandbox) -> tuple[list[str], str]:
         await sandbox.call("litter")
+        await sandbox.call("nest")
         (worker,) = sandbox._live
         return await sandbox.call("listing"), worker.scratch.name
 
@@ -304,7 +305,13 @@ def test_source_that_does_not_load_fails_every_call(source: str, kind: str, text
 
 
 def test_calls_run_in_parallel_up_to_the_number_of_workers() -> None:
-    source = "import time\ndef grade():\n    started = time.monotonic(); time.sleep(0.2)\n    return started, time.monotonic()"
+    source = """if True:
+        import time
+        def grade():
+            started = time.monotonic()
+            time.sleep(0.2)
+            return started, time.monotonic()
+    """
 
     async def story(sandbox: Sandbox) -> list[list[float]]:
         return list(await asyncio.gather(*(sandbox.call() for _ in range(4))))
@@ -312,6 +319,15 @@ def test_calls_run_in_parallel_up_to_the_number_of_workers() -> None:
     spans = in_sandbox(story, source, num_workers=2)
     at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
     assert max(at_once) == 2
+
+
+def test_replies_between_two_looks_of_the_worker_are_not_lost() -> None:
+    source = f"import time\ndef grade(delay_s):\n    time.sleep({POLL_S} + delay_s)\n    return 1"
+
+    async def story(sandbox: Sandbox) -> list[int]:
+        return list(await asyncio.gather(*(sandbox.call((number - 30) * 2e-5) for number in range(60))))
+
+    assert in_sandbox(story, source, num_workers=8) == [1] * 60
 
 
 def test_cancelling_a_call_frees_its_slot() -> None:
@@ -339,7 +355,7 @@ def test_closing_ends_calls_in_flight() -> None:
     in_sandbox(story)
 
 
-def test_workers_die_with_rft() -> None:
+def test_workers_die_with_rft(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import asyncio, os, sys
         from rft.sandbox import Sandbox
@@ -350,7 +366,8 @@ def test_workers_die_with_rft() -> None:
             await sandbox.call(True)
         asyncio.run(main())
     """)
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     worker_pid = int(parent.stdout.readline())
     parent.kill()

@@ -8,15 +8,15 @@ throughout; W is frozen and gets no gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
-class LoraLinear(Linear):  # type: ignore[misc]
+class LoraLinear(Linear):
     """peft's LoRA layer with one active adapter, no dropout and no variants; same parameters, names and files."""
 
     is_merged = True
@@ -26,7 +26,13 @@ class LoraLinear(Linear):  # type: ignore[misc]
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A [r, in] float32, B [out, r] float32, and the scale s = alpha / r."""
         name = self.active_adapters[0]
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a, b = cast("nn.Linear", self.lora_A[name]), cast("nn.Linear", self.lora_B[name])
+        return a.weight, b.weight, self.scaling[name]
+
+    @property
+    def base(self) -> nn.Linear:
+        """The frozen layer."""
+        return cast("nn.Linear", self.get_base_layer())
 
     def merged_weight(self) -> Tensor:
         """round(W + s B A) [out, in] in the base's dtype, computed in fp32; made anew when A or B have changed.
@@ -34,7 +40,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
         A returned tensor is never written to afterwards.
         """
         a, b, scale = self.factors
-        weight = self.get_base_layer().weight
+        weight = self.base.weight
         version = (a._version, b._version, weight._version, weight.data_ptr())
         if self._cache is None or self._cache[0] != version:
             with torch.no_grad():
@@ -43,12 +49,12 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in] -> [..., out], both in the base's dtype."""
-        base = self.get_base_layer()
+        base = self.base
         a, b, scale = self.factors
         if not self.is_merged:
-            return base(x) + linear(linear(x, a.to(x.dtype)), (scale * b).to(x.dtype))
-        output: Tensor = _MergedLinear.apply(x, self.merged_weight(), base.bias, a, b, scale)
-        return output
+            return linear(x, base.weight, base.bias) + linear(linear(x, a.to(x.dtype)), (scale * b).to(x.dtype))
+        result = _MergedLinear.apply(x, self.merged_weight(), base.bias, a, b, scale)  # type: ignore[no-untyped-call]
+        return cast("Tensor", result)
 
 
 class _MergedLinear(torch.autograd.Function):

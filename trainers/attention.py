@@ -69,6 +69,13 @@ def attention_inputs(model: PreTrainedModel, micro_batch: MicroBatch) -> dict[st
     return {"attention_mask": torch.where(micro_batch.attention_mask, 0.0, lowest).to(dtype)}
 
 
+def attention_window(model: PreTrainedModel) -> int | None:
+    """The most tokens any layer may look back on, or None: a packed row does not know of windows."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window is not None), default=None)
+
+
 def block_mask(micro_batch: MicroBatch) -> Any:
     """The ancestor relation as FlexAttention's BlockMask. Not measured on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -85,7 +92,10 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
     """Switch `model` to the trie kernel of the device where it supports one; else it keeps transformers' choice."""
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         return
-    if device.type == "cpu":
+    has_soft_cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if device.type == "cpu" and has_soft_cap:
+        model.set_attn_implementation("eager")  # torch's kernel would leave the cap out, engines do not
+    elif device.type == "cpu":
         ALL_ATTENTION_FUNCTIONS.register(CHAINS, _chains_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(CHAINS, sdpa_mask)
         model.set_attn_implementation(CHAINS)

@@ -8,7 +8,7 @@ same type and meaning and is the reference. Tokens that nothing with a loss depe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ class MicroBatch:
     """What one forward pass computes: B rows of T tokens and the N loss-bearing tokens they predict.
 
     A loss-bearing token is one sampled id of one rollout: rollouts that share a trie node keep one entry each,
-    because each has its own advantage. Their order is (rollout, time), the same in every layout.
+    because each has its own advantage. They are ordered by (sequence, time), in every layout.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -39,6 +39,7 @@ class MicroBatch:
     sampled_logprobs: Tensor  # [N] float32, natural logs at the sampling temperature, as the engine gave them
     advantages: Tensor  # [N] float32
     rollout_index: Tensor  # [N] int64, counts the rollouts of all groups given, in order
+    sequence_index: Tensor  # [N] int64, counts their training sequences (a rollout has several when it forks)
     layout: Layout
 
     @property
@@ -61,8 +62,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "layout"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class _Path:
     logprobs: list[float]
     advantage: float
     rollout: int
+    sequence: int
 
 
 def build_micro_batches(
@@ -82,7 +84,7 @@ def build_micro_batches(
 ) -> list[MicroBatch]:
     """One row per group (packed) or length-sorted padded rows (plain), each of at most `max_tokens` tokens.
 
-    advantages: one [n_rollouts] float32 per group. A packed group beyond the limit is split by rollouts into rows
+    advantages: one [n_rollouts] float32 per group. A packed group beyond the limit is split by sequences into rows
     that repeat the shared prefix; a single sequence beyond it still gets its own row. Deterministic.
     """
     per_group = _paths(groups, advantages)
@@ -115,7 +117,7 @@ def split_over_ranks(micro_batches: list[MicroBatch], num_ranks: int) -> list[li
 def _paths(groups: list[Group], advantages: list[Tensor]) -> list[list[_Path]]:
     """The trainable sequences of each group, in order; a sequence without sampled tokens has nothing to train."""
     result: list[list[_Path]] = []
-    rollout_index = 0
+    rollout_index, sequence_index = 0, 0
     for group, group_advantages in zip(groups, advantages, strict=True):
         paths: list[_Path] = []
         for rollout, advantage in zip(group.rollouts, group_advantages.tolist(), strict=True):
@@ -125,14 +127,15 @@ def _paths(groups: list[Group], advantages: list[Tensor]) -> list[list[_Path]]:
                     targets = [sequence.ids[time] for time in times]
                     logprobs = [sequence.logprobs[time] for time in times]
                     ids = sequence.ids[: times[-1]]
-                    paths.append(_Path(ids, times, targets, logprobs, advantage, rollout_index))
+                    paths.append(_Path(ids, times, targets, logprobs, advantage, rollout_index, sequence_index))
+                sequence_index += 1
             rollout_index += 1
         result.append(paths)
     return result
 
 
 def _fit(paths: list[_Path], max_tokens: int) -> list[list[_Path]]:
-    """Split one group's paths so that each part's trie fits; neighbours in sorted order share most."""
+    """Split one group's sequences so that each part's trie fits; neighbours in sorted order share most."""
     rows: list[list[int]] = []
     size, previous = 0, None
     for index in sorted(range(len(paths)), key=lambda i: paths[i].ids):
@@ -188,7 +191,8 @@ def _pad(paths: list[_Path]) -> MicroBatch:
     width = max(len(path.ids) for path in paths)
     ids = [path.ids + [0] * (width - len(path.ids)) for path in paths]
     depths = np.tile(np.arange(width), (len(paths), 1))
-    subtree_end = np.stack([np.where(np.arange(width) < len(p.ids), len(p.ids), np.arange(1, width + 1)) for p in paths])
+    lengths = np.array([[len(path.ids)] for path in paths])
+    subtree_end = np.where(depths < lengths, lengths, depths + 1)
     positions = [row * width + path.times - 1 for row, path in enumerate(paths)]
     return _micro_batch(ids, depths, subtree_end, positions, paths, "plain")
 
@@ -213,6 +217,7 @@ def _micro_batch(
         sampled_logprobs=torch.tensor([value for path in paths for value in path.logprobs], dtype=torch.float32),
         advantages=torch.tensor([path.advantage for path in paths], dtype=torch.float32).repeat_interleave(counts),
         rollout_index=torch.tensor([path.rollout for path in paths]).repeat_interleave(counts),
+        sequence_index=torch.tensor([path.sequence for path in paths]).repeat_interleave(counts),
         layout=layout,
     )
 
@@ -222,4 +227,4 @@ def _empty() -> MicroBatch:
     nothing, no_values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32)
     ids, depths = torch.zeros(1, 2, dtype=torch.int64), torch.arange(2)[None]
     ends = torch.full((1, 2), 2)
-    return MicroBatch(ids, depths, ends, nothing, nothing, nothing, no_values, no_values, nothing, "packed")
+    return MicroBatch(ids, depths, ends, nothing, nothing, nothing, no_values, no_values, nothing, nothing, "packed")

@@ -7,9 +7,8 @@ shares the window's micro-batches, so no collective depends on what a rollout co
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Callable, Coroutine
+import dataclasses
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from rft.data import items_for_step
 from rft.engines import Engine
 from rft.errors import NumericsError
 from rft.evaluate import evaluate
-from rft.metrics import rollout_metrics
+from rft.metrics import Clock, evaluation_line, rollout_metrics, step_line
 from rft.progress import Display
 from rft.store import RunStore
 from rft.trainers import checkpoint
@@ -33,7 +32,6 @@ from rft.trainers.policy import Policy, StepStats
 from rft.trainers.sync import ProbeResult, Sync
 from rft.types import Group, Item, Rollout, Split
 
-log = logging.getLogger("rft")
 T = TypeVar("T")
 
 _MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
@@ -74,12 +72,12 @@ def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: L
     if leader is not None:
         _begin(config, policy, leader, first_step)
     num_skipped = 0
-    for step in range(first_step, config.training.steps + 1):
-        clock = _Clock()
+    for step in _steps(config, leader, first_step):
+        clock = Clock()
         groups = _sample(config, leader, step) if leader is not None else []
         clock.lap("sampling")
         window = _share(_window(config, policy, groups, accelerator.num_processes), accelerator)
-        stats = _update(policy, window)
+        stats = _update(policy, window, leader, step)
         clock.lap("training")
         num_skipped = _count_skips(stats, num_skipped)
         if leader is not None:
@@ -92,6 +90,19 @@ def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: L
                 _evaluate(config, leader, "validation", step)
     if leader is not None:
         _evaluate(config, leader, "test", config.training.steps)
+
+
+def _steps(config: RunConfig, leader: Leader | None, first_step: int) -> Iterator[int]:
+    """The numbers of the steps to do, with a bar over the whole training on rank 0."""
+    last = config.training.steps
+    if leader is None:
+        yield from range(first_step, last + 1)
+        return
+    with leader.display.phase("training", last, keep=False) as phase:
+        phase.advance(first_step - 1)
+        for step in range(first_step, last + 1):
+            yield step
+            phase.advance()
 
 
 def _begin(config: RunConfig, policy: Policy, leader: Leader, first_step: int) -> None:
@@ -142,9 +153,14 @@ def _share(windows: list[Window], accelerator: Accelerator) -> Window:
     return box[0][accelerator.process_index]
 
 
-def _update(policy: Policy, window: Window) -> StepStats | None:
+def _update(policy: Policy, window: Window, leader: Leader | None, step: int) -> StepStats | None:
     """One optimizer step; None when no group carried signal."""
-    return policy.step(window.micro_batches, window.num_tokens) if window.num_tokens else None
+    if window.num_tokens == 0:
+        return None
+    if leader is None:
+        return policy.step(window.micro_batches, window.num_tokens)
+    with leader.display.phase(f"step {step}: training", len(window.micro_batches), keep=False) as phase:
+        return policy.step(window.micro_batches, window.num_tokens, on_micro_batch=phase.advance)
 
 
 def _count_skips(stats: StepStats | None, num_skipped: int) -> int:
@@ -159,9 +175,9 @@ def _count_skips(stats: StepStats | None, num_skipped: int) -> int:
 
 
 def _check_gap(config: RunConfig, stats: StepStats | None, step: int) -> None:
-    if stats is not None and stats.gap_mean > config.training.max_logprob_gap:
+    if stats is not None and stats.mean_logprob_gap > config.training.max_logprob_gap:
         raise NumericsError(
-            f"engine and trainer disagree at step {step}: mean |log-probability difference| {stats.gap_mean:.3f}",
+            f"engine and trainer disagree at step {step}: mean |log-probability difference| {stats.mean_logprob_gap:.3f}",
             cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
         )
 
@@ -180,34 +196,22 @@ def _record(
     groups: list[Group],
     stats: StepStats | None,
     probe: ProbeResult,
-    clock: _Clock,
+    clock: Clock,
 ) -> None:
     row: dict[str, Any] = {"step": step, "kind": "training"}
     row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
     row |= {"groups/total": len(groups), "groups/no_signal": sum(not group.has_signal for group in groups)}
-    row |= stats.metrics() if stats is not None else {}
+    row |= _update_metrics(stats) if stats is not None else {}
     row |= {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
     row |= clock.metrics()
     leader.store.append_metrics(row)
     leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
-    leader.display.line(_step_line(row, config.training.steps))
+    leader.display.line(step_line(row, config.training.steps))
 
 
-def _step_line(row: dict[str, Any], num_steps: int) -> str:
-    shadows = "".join(
-        f"  {name.removeprefix('train/shadow/')} {value:.3f}"
-        for name, value in row.items()
-        if name.startswith("train/shadow/") and not name.endswith("_ci95")
-    )
-    gap = f"{row['logprob_gap/mean']:.4f}" if "logprob_gap/mean" in row else "-"
-    return (
-        f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
-        f"  valid calls {row['train/valid_call_share']:.2f}"
-        f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
-        f"  log-prob gap {gap}"
-        f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
-        f" sync {row['time/sync_s']:.1f})"
-    )
+def _update_metrics(stats: StepStats) -> dict[str, float]:
+    row = {f"update/{name}": value for name, value in dataclasses.asdict(stats).items() if "logprob_gap" not in name}
+    return row | {"logprob_gap/mean": stats.mean_logprob_gap, "logprob_gap/max": stats.max_logprob_gap}
 
 
 def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
@@ -230,32 +234,4 @@ def _evaluate(config: RunConfig, leader: Leader, split: Split, step: int) -> Non
         leader.collector.on_rollout = _observer(leader.store, phase.advance)
         row = leader.wait(evaluate(leader.collector, items, split, step, rollouts_per_item))
     leader.store.append_metrics(row)
-    leader.display.line(_evaluation_line(row))
-
-
-def _evaluation_line(row: dict[str, Any]) -> str:
-    shadows = [name for name in row if name.startswith("shadow/") and not name.endswith("_ci95")]
-    parts = [
-        f"{name.removeprefix('shadow/')} {row[name]:.3f} ± {row[f'{name}_ci95']:.3f}"
-        for name in ["grade", *shadows, "valid_call_share"]
-    ]
-    return (
-        f"{row['split']} at step {row['step']}: {', '.join(parts)}"
-        f"  ({row['num_items']} items, {row['num_rollouts']} rollouts, {row['seconds']:.0f} s)"
-    )
-
-
-class _Clock:
-    """Seconds per phase of one step."""
-
-    def __init__(self) -> None:
-        self._started = self._lap = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._seconds[phase], self._lap = now - self._lap, now
-
-    def metrics(self) -> dict[str, float]:
-        row = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
-        return row | {"time/step_s": time.perf_counter() - self._started}
+    leader.display.line(evaluation_line(row))

@@ -76,7 +76,7 @@ def token_logprobs(
 
     hidden: [P, h]; index: [N] int64 into P; targets: [N] int64 -> ([N] float32, [P] float32 without gradient).
     """
-    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, head, index, targets, temperature)
+    result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, head, index, targets, temperature)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -5,6 +5,7 @@ Token ids in, token ids and log-probabilities out: an engine never sees text and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -38,10 +39,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeights:
-    """Weights on disk that an engine can load: a full model folder (`merged`, `reload`) at a policy version."""
+    """Weights on disk that an engine can load: a full model folder (`merged`) or a peft folder (`adapter`)."""
 
     version: int
     path: Path
+    kind: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Engine(Protocol):
     """A sampler of the current policy. All methods may run concurrently except `load`, which waits its turn."""
 
     policy_version: int
+    max_model_len: int  # prompt and completion together
+    on_status: Callable[[str], None]  # gets a short line now and then while `start` runs
 
     async def start(self) -> None:
         """Be ready to sample, or raise `EngineError` naming cause and cure."""
@@ -77,12 +81,27 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
+def sync_kind(mode: Literal["auto", "adapter", "merged"], device_type: str = "") -> Literal["adapter", "merged"]:
+    """How weights travel: `auto` is adapters on CUDA, merged weights elsewhere (vLLM's CPU adapters are slow).
+
+    device_type: where the policy is; empty asks torch whether there is a GPU.
+    """
+    if mode != "auto":
+        return mode
+    if not device_type:
+        import torch
+
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return "adapter" if device_type == "cuda" else "merged"
+
+
 def build_engine(config: RunConfig, log_path: Path) -> Engine:
     """The engine that `config.engine.type` names, imported when used; a launched server logs to `log_path`."""
     if config.engine.type == "vllm":
         from rft.engines.vllm import VllmEngine
 
-        return VllmEngine(config.engine, config.model, log_path)
+        uses_adapters = sync_kind(config.training.sync) == "adapter"
+        return VllmEngine(config.engine, config.model, log_path, config.model.lora.rank if uses_adapters else None)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)

@@ -7,9 +7,7 @@ The dataset is written by scripts/prepare_icd10.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from rft.envs.tasks import Task, Tool
 
@@ -17,23 +15,17 @@ if TYPE_CHECKING:
     from rft.envs.tasks.icd10.search import SearchIndex
 
 GRADER_SOURCE = (Path(__file__).parent / "grader.py").read_text(encoding="utf-8")
+_MAX_RESULTS = 10  # the schema does not say so: every word of it is read by the model in every rollout
 _MAX_CHILDREN = 20
 
 
-def search_codes(
-    query: Annotated[str, Field(description="words")],
-    k: Annotated[int, Field(ge=1, le=10)] = 3,
-) -> str:
-    """Search codes by their description."""
-    index = _index()
-    found = index.search(query, k)
-    if not found:
-        return "no code found: try other words"
-    return "\n".join(f"{code} {index.table.descriptions[code]}" for code in found)
+def search_codes(query: str, k: int = 3) -> str:
+    """Search codes by words."""
+    return _index().lines(query, min(max(k, 1), _MAX_RESULTS)) or "no code found: try other words"
 
 
-def lookup_code(code: Annotated[str, Field(description="e.g. K35.80")]) -> str:
-    """Show a code, its parent and its children."""
+def lookup_code(code: str) -> str:
+    """Show a code and its children."""
     table = _index().table
     known = table.find(code)
     if known is None:

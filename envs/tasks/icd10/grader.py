@@ -5,10 +5,13 @@ three characters), 0 otherwise. The first code in the answer counts, so listing 
 """
 
 import re
+from typing import Any
+
+CODE = re.compile(r"\b(?:[A-Z][0-9][0-9A-Z]|QA[0-9])(?:\.?[0-9A-Z]{1,4})?\b")
 
 
-def grade(sample, item):
-    found = re.search(r"\b[A-Z][0-9][0-9A-Z](?:\.?[0-9A-Z]{1,4})?\b", str(sample.get("output_text") or "").upper())
+def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
+    found = CODE.search(str(sample.get("output_text") or "").upper())
     if not found:
         return 0.0
     answer, gold = found.group().replace(".", ""), item["code"].replace(".", "")

@@ -6,10 +6,11 @@ the prompt is here. Deterministic: the same table gives the same rows in the sam
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
 from typing import Any
 
+from rft.envs.tasks.icd10 import TASK
 from rft.envs.tasks.icd10.grader import grade
 from rft.envs.tasks.icd10.search import SearchIndex
 from rft.envs.tasks.icd10.table import official_terms
@@ -18,43 +19,46 @@ from rft.types import Split
 VALIDATION_CHAPTERS = frozenset({"6", "13"})  # G nervous system, M musculoskeletal
 TEST_CHAPTERS = frozenset({"11"})  # K digestive system
 MAX_TERM_CHARS = 60
-_FINDABLE_RANK = 10
+_NUM_RESULTS = 10
 
-EXAMPLE_TERM = "Heart attack"
-EXAMPLE_QUERY = "acute myocardial infarction"
-EXAMPLE_CODE = "I21.9"
-
-_SYSTEM_TEXT = """Find the ICD-10-CM code of the diagnosis. Search first, then answer with the best code only.
-
-Example
-User: {term}
-Assistant: <tool_call>{{"name": "search_codes", "arguments": {{"query": "{query}"}}}}</tool_call>
-User: <tool_response>{results}</tool_response>
-Assistant: {code}"""
+SYSTEM_TEXT = "Find the ICD-10-CM code of the diagnosis. Search first, then answer with the best code only."
+QUESTION = "Search for the diagnosis: {term}"
+# One worked call: without it a small model never calls a tool, with the whole dialogue it copies the answer.
+SYSTEM_TEXT = "Find the ICD-10-CM code of the diagnosis. Search first, then answer with the best code only."
+ROW_TOOLS = ("search_codes", "lookup_code")
+# (term, query) pairs, shown as turns of a conversation. SmolLM2-135M calls the tool in one of five rollouts after one
+# such turn, in three of four after two, in none when the same example stands in the system text; an example that also
+# shows a <tool_response> makes it write responses instead of calls.
+EXAMPLES = (("Hives", "urticaria"),)
 
 
-def system_text(search_codes: Callable[[str], str]) -> str:
-    """The system message, its example answered by the real tool."""
-    results = search_codes(EXAMPLE_QUERY)
-    return _SYSTEM_TEXT.format(term=EXAMPLE_TERM, query=EXAMPLE_QUERY, results=results, code=EXAMPLE_CODE)
+def prompt_messages(term: str) -> list[dict[str, str]]:
+    """What the model reads before it writes: the instruction, the examples, the diagnosis."""
+    messages = [{"role": "system", "content": SYSTEM_TEXT}]
+    for example, query in EXAMPLES:
+        call = json.dumps({"name": "search_codes", "arguments": {"query": query}})
+        messages.append({"role": "user", "content": example})
+        messages.append({"role": "assistant", "content": f"<tool_call>{call}</tool_call>"})
+    return [*messages, {"role": "user", "content": term}]
 
 
-def build_rows(index: SearchIndex, system: str, tools: list[dict[str, Any]]) -> dict[Split, list[dict[str, Any]]]:
+def build_rows(index: SearchIndex) -> dict[Split, list[dict[str, Any]]]:
     """The rows of the three splits, shuffled: any first n of a split are a fair sample of it.
 
     Training keeps the terms that search relates to their code at all (the category is among the ten best results);
     validation and test keep every term.
     """
+    tools = [tool.spec() for tool in TASK.tools if tool.name in ROW_TOOLS]
     rows: dict[Split, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     terms = [pair for pair in official_terms(index.table) if len(pair[1]) <= MAX_TERM_CHARS]
     random.Random(0).shuffle(terms)
     for code, term in terms:
         chapter = index.table.chapter(code)
         split = split_of(chapter)
-        if split == "train" and best_grade(index, term, code, _FINDABLE_RANK) == 0:
+        if split == "train" and not any(result_grades(index, term, code)):
             continue
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": term}]
-        rows[split].append({"messages": messages, "tools": tools, "code": code, "term": term, "chapter": chapter})
+        row = {"messages": messages_for(term), "tools": tools, "code": code, "term": term, "chapter": chapter}
+        rows[split].append(row)
     return rows
 
 
@@ -64,7 +68,6 @@ def split_of(chapter: str) -> Split:
     return "validation" if chapter in VALIDATION_CHAPTERS else "train"
 
 
-def best_grade(index: SearchIndex, term: str, code: str, k: int) -> float:
-    """The grade of the best of the first k results when the term itself is the query."""
-    answers = index.search(term, k)
-    return max((grade({"output_text": answer}, {"code": code}) for answer in answers), default=0.0)
+def result_grades(index: SearchIndex, term: str, code: str) -> list[float]:
+    """The grades of the ten best results when the term itself is the query, best result first."""
+    return [grade({"output_text": answer}, {"code": code}) for answer in index.search(term, _NUM_RESULTS)]

@@ -15,24 +15,28 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import bm25s
-import numpy as np
 
 from rft.envs.tasks.icd10.table import Table, load_table, official_table
 
 FORMAT = 1  # of the index folder; a folder of another format is not used
-_STOP_WORDS = frozenset("a an and as at by due for from in is nos of on or other the to unspecified with without".split())
+_STOP_WORDS = frozenset(["a", "an", "and", "as", "at", "by", "due", "for", "from", "in", "is", "nos", "of", "on", "or"])
+_STOP_WORDS |= {"other", "the", "to", "unspecified", "with", "without"}
 _lock = threading.Lock()
 _logger = logging.getLogger(__name__)
 
 
 class SearchIndex:
-    """`search(query, k)` gives the k best codes; `table` has their descriptions."""
+    """`search(query, k)` gives the k best codes, fewer when fewer share a word with the query."""
 
     def __init__(self, table: Table, bm25: bm25s.BM25) -> None:
         self.table, self._bm25 = table, bm25
-        self._codes = np.array(table.leaves)
+        self._codes = table.leaves
         self._vocabulary: dict[str, int] = bm25.vocab_dict
         self.search = lru_cache(maxsize=16384)(self._search)
+
+    def lines(self, query: str, k: int) -> str:
+        """The k best codes with their descriptions, one a line; "" when no word of the query is known."""
+        return "\n".join(f"{code} {self.table.descriptions[code]}" for code in self.search(query, k))
 
     def _search(self, query: str, k: int) -> tuple[str, ...]:
         """Codes that share a word with the query, best first; equal scores in the official order."""
@@ -40,9 +44,14 @@ class SearchIndex:
         if not ids:
             return ()
         scores = self._bm25.get_scores_from_ids(ids)  # [num_leaves] float32
-        candidates = np.flatnonzero(scores >= max(np.partition(scores, -k)[-k], np.finfo(np.float32).tiny))
-        best = candidates[np.lexsort((candidates, -scores[candidates]))][:k]
-        return tuple(self._codes[best].tolist())
+        found = []
+        for _ in range(k):  # k passes of argmax beat one partition: it is slow on many equal scores
+            best = int(scores.argmax())  # the first of equals
+            if scores[best] <= 0:
+                break
+            found.append(self._codes[best])
+            scores[best] = 0.0
+        return tuple(found)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,97 @@
+"""A program that runs one command and never leaves anything of it behind: `python supervise.py SCRATCH COMMAND...`
+
+The command gets its own session. When it exits, when standard input reaches its end (the process that holds the
+other side closed it or died, by SIGKILL too) or on SIGTERM, the whole process group is ended, SIGTERM first, and the
+folder SCRATCH is removed. Standard library only; run by path, so that it starts in milliseconds. It cannot act when
+it is itself killed by SIGKILL; then the command still gets SIGTERM on Linux, its own children only what it tells them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+_GRACE_S = 8.0  # vLLM needs about two seconds to remove its shared memory and end its workers
+_POLL_S = 0.02
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def main(scratch: str, command: list[str]) -> int:
+    """Run `command` until it or our parent ends; returns its exit status (negative: the signal that ended it)."""
+    wake_reader, wake_writer = os.pipe()
+    for end in (wake_reader, wake_writer):
+        os.set_blocking(end, False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(wake_writer)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the group come to us, so that we can see them end
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # safe: one thread
+    )
+    try:
+        while child.poll() is None and not _should_stop(wake_reader):
+            pass
+    finally:
+        _end_group(child)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return child.returncode
+
+
+def _should_stop(wake_reader: int) -> bool:
+    """Wait for a signal or for our parent; True when the command must end."""
+    ready, _, _ = select.select([sys.stdin.fileno(), wake_reader], [], [])
+    if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 1024):
+        return True
+    if wake_reader not in ready:
+        return False
+    return bool({signal.SIGTERM, signal.SIGINT} & set(os.read(wake_reader, 1024)))
+
+
+def _end_group(child: subprocess.Popen[bytes]) -> None:
+    for number in (int(signal.SIGTERM), int(signal.SIGKILL)):
+        deadline = time.monotonic() + _GRACE_S
+        while _signal_group(child.pid, number) and time.monotonic() < deadline:
+            number = 0  # asked once; from now on only look whether anything is left
+            child.poll()
+            _reap_orphans(child.pid)
+            time.sleep(_POLL_S)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """False when no process of the group is left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _reap_orphans(child: int) -> None:
+    """Collect ended processes that became ours; the command itself is left to `Popen.poll`."""
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid == child:
+            return
+        os.waitpid(ended.si_pid, 0)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1], sys.argv[2:])
+    sys.exit(status if status >= 0 else 128 - status)

