@@ -213,7 +213,8 @@ def _parse_llama3(text: str) -> tuple[str, list[_RawCall]]:
     body = text.replace("<|python_tag|>", "").strip()
     if not body.startswith("{"):
         return text, []
-    decoder, calls, position = json.JSONDecoder(), [], 0
+    decoder, position = json.JSONDecoder(), 0
+    calls: list[_RawCall] = []
     while position < len(body):
         try:
             payload, end = decoder.raw_decode(body, position)
@@ -296,7 +297,10 @@ def _compact_spec(tool: dict[str, Any]) -> str:
 
 
 def _generic_text(message: Message) -> str:
-    calls = [f'<tool_call>{{"name": "{call.name}", "arguments": {call.arguments}}}</tool_call>' for call in message.tool_calls]
+    calls = [
+        f'<tool_call>{{"name": "{call.name}", "arguments": {call.arguments}}}</tool_call>'
+        for call in message.tool_calls
+    ]
     return "\n".join(filter(None, [message.content, *calls]))
 
 

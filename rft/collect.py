@@ -56,18 +56,14 @@ class Collector:
         tally = _Tally(self.workshop.limits.max_discarded_share * len(items) * rollouts_per_item)
         try:
             async with asyncio.TaskGroup() as tasks:
-                groups = [
-                    tasks.create_task(self._group(item, split, step, rollouts_per_item, tally)) for item in items
-                ]
+                groups = [tasks.create_task(self._group(item, split, step, rollouts_per_item, tally)) for item in items]
         except BaseExceptionGroup as failures:
             raise _leaf(failures) from None
         return [group.result() for group in groups]
 
     async def _group(self, item: Item, split: Split, step: int, size: int, tally: _Tally) -> Group:
         async with asyncio.TaskGroup() as tasks:
-            slots = [
-                tasks.create_task(self._slot(item, split, step, index, size, tally)) for index in range(size)
-            ]
+            slots = [tasks.create_task(self._slot(item, split, step, index, size, tally)) for index in range(size)]
         results = [slot.result() for slot in slots]
         return Group(item, step, [rollout for rollout, _ in results], sum(discarded for _, discarded in results))
 

@@ -21,7 +21,7 @@ from rft.config import RunConfig
 from rft.data import load_items, overlap
 from rft.engines import Engine, build_engine
 from rft.envs import Environment, build_environment
-from rft.envs.http import HttpEnvironmentConfig
+from rft.envs.http import HttpEnvironment
 from rft.envs.serve import ToolServer
 from rft.errors import RftError, UserError
 from rft.graders import Grader, build_grader
@@ -34,7 +34,6 @@ from rft.types import Item, Split
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from rft.trainers.grpo import Leader
     from rft.trainers.policy import Policy
 
 # What a resumed run may change: where and how long it runs, never what it optimises.
@@ -211,9 +210,7 @@ def _lead(
         loop=loop,
         engine=parts.engine,
         collector=Collector(workshop, store.path.name, config.seed, store.append_rollout),
-        sync=Sync(
-            config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype
-        ),
+        sync=Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype),
         store=store,
         display=display,
         items=items,
@@ -232,9 +229,8 @@ async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack
     if config.environment is not None:
         environment = build_environment(config.environment)
         stack.push_async_callback(environment.close)
-        if isinstance(config.environment, HttpEnvironmentConfig) and config.environment.serve:
-            server = stack.enter_context(ToolServer(config.environment.serve))
-            environment.base_url = server.base_url
+        if isinstance(environment, HttpEnvironment) and environment.config.serve:
+            environment.base_url = stack.enter_context(ToolServer(environment.config.serve)).base_url
         await environment.check()
     grader = build_grader(config.grader)
     stack.push_async_callback(grader.close)

@@ -153,7 +153,7 @@ def test_rows_load_and_splits_share_nothing(prepared: Path) -> None:
 def test_the_examples_in_the_prompt_are_calls_the_tool_answers(prepared: Path) -> None:
     (first, *_) = load_items(prepared / "test.jsonl", TASK.tool_names)
     system, *examples, question = first.messages
-    assert system.role == "system" and question.content == first.row["term"]
+    assert system.role == "system" and question.content.endswith(": " + first.row["term"])
     for user, assistant in zip(examples[::2], examples[1::2], strict=True):
         call = json.loads(assistant.content.removeprefix("<tool_call>").removesuffix("</tool_call>"))
         assert user.role == "user" and not run(call["name"], **call["arguments"]).startswith("no code found")
@@ -164,6 +164,6 @@ def test_preparing_again_writes_the_same_bytes(prepared: Path) -> None:
 
     loaded = load_index(prepared / "index")
     assert loaded is not None
-    rows = build_rows(loaded)
+    rows = build_rows(loaded, [tool.spec() for tool in TASK.tools])
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows["test"]) + "\n"
     assert text == (prepared / "test.jsonl").read_text(encoding="utf-8")

@@ -18,9 +18,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from rft.envs.http import HttpEnvironment, HttpEnvironmentConfig
+from rft.envs.serve import ToolServer, bind, create_app, main
 from rft.envs.tasks import Task, Tool
 from rft.errors import UserError, WorldError
-from rft.envs.serve import ToolServer, bind, create_app, main
 from rft.types import Item, Message, ToolCall
 from rft.wire import MAX_BODY_BYTES
 

@@ -1,4 +1,4 @@
-"""GRPO, told top to bottom: sample groups, drop those that teach nothing, advantages, one optimizer step, sync, measure.
+"""GRPO, told top to bottom: sample groups, drop those that teach nothing, one optimizer step, sync, measure.
 
 Every rank runs `train`. Rank 0 has a `Leader` (engine, collector, run folder); it alone samples and writes, and
 shares the window's micro-batches, so no collective depends on what a rollout contains.
@@ -148,9 +148,8 @@ def _share(windows: list[Window], accelerator: Accelerator) -> Window:
     """Rank 0's windows to all ranks; each takes its own."""
     if accelerator.num_processes == 1:
         return windows[0]
-    box = [windows]
-    broadcast_object_list(box, from_process=0)
-    return box[0][accelerator.process_index]
+    shared: list[Window] = broadcast_object_list(windows, from_process=0)
+    return shared[accelerator.process_index]
 
 
 def _update(policy: Policy, window: Window, leader: Leader | None, step: int) -> StepStats | None:
@@ -177,7 +176,8 @@ def _count_skips(stats: StepStats | None, num_skipped: int) -> int:
 def _check_gap(config: RunConfig, stats: StepStats | None, step: int) -> None:
     if stats is not None and stats.mean_logprob_gap > config.training.max_logprob_gap:
         raise NumericsError(
-            f"engine and trainer disagree at step {step}: mean |log-probability difference| {stats.mean_logprob_gap:.3f}",
+            f"engine and trainer disagree at step {step}: "
+            f"mean |log-probability difference| {stats.mean_logprob_gap:.3f}",
             cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
         )
 

@@ -69,6 +69,11 @@ class VllmEngine:
                 cure="lower engine.max_model_len, or start the server with a larger --max-model-len",
             )
 
+    @property
+    def socket(self) -> Path | None:
+        """Where a launched server listens; None for a given one or before `start`."""
+        return self._server.scratch / "s" if self._server is not None else None
+
     async def generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
         """Sample one completion. `max_tokens` is cut to what the context leaves; at least one token must fit.
 

@@ -10,7 +10,6 @@ import json
 import random
 from typing import Any
 
-from rft.envs.tasks.icd10 import TASK
 from rft.envs.tasks.icd10.grader import grade
 from rft.envs.tasks.icd10.search import SearchIndex
 from rft.envs.tasks.icd10.table import official_terms
@@ -23,32 +22,29 @@ _NUM_RESULTS = 10
 
 SYSTEM_TEXT = "Find the ICD-10-CM code of the diagnosis. Search first, then answer with the best code only."
 QUESTION = "Search for the diagnosis: {term}"
-# One worked call: without it a small model never calls a tool, with the whole dialogue it copies the answer.
-SYSTEM_TEXT = "Find the ICD-10-CM code of the diagnosis. Search first, then answer with the best code only."
-ROW_TOOLS = ("search_codes", "lookup_code")
-# (term, query) pairs, shown as turns of a conversation. SmolLM2-135M calls the tool in one of five rollouts after one
-# such turn, in three of four after two, in none when the same example stands in the system text; an example that also
-# shows a <tool_response> makes it write responses instead of calls.
-EXAMPLES = (("Hives", "urticaria"),)
+# One worked call, as turns of a conversation: without it a small model never calls a tool, nor with the example in the
+# system text; with the whole dialogue it copies the answer or writes a <tool_response> itself.
+EXAMPLE_TERM = "Hives"
+EXAMPLE_QUERY = "urticaria"
 
 
-def prompt_messages(term: str) -> list[dict[str, str]]:
-    """What the model reads before it writes: the instruction, the examples, the diagnosis."""
-    messages = [{"role": "system", "content": SYSTEM_TEXT}]
-    for example, query in EXAMPLES:
-        call = json.dumps({"name": "search_codes", "arguments": {"query": query}})
-        messages.append({"role": "user", "content": example})
-        messages.append({"role": "assistant", "content": f"<tool_call>{call}</tool_call>"})
-    return [*messages, {"role": "user", "content": term}]
+def messages_for(term: str) -> list[dict[str, str]]:
+    """What the model reads before it writes: the instruction, the example, the diagnosis."""
+    call = json.dumps({"name": "search_codes", "arguments": {"query": EXAMPLE_QUERY}})
+    return [
+        {"role": "system", "content": SYSTEM_TEXT},
+        {"role": "user", "content": QUESTION.format(term=EXAMPLE_TERM)},
+        {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
+        {"role": "user", "content": QUESTION.format(term=term)},
+    ]
 
 
-def build_rows(index: SearchIndex) -> dict[Split, list[dict[str, Any]]]:
+def build_rows(index: SearchIndex, tools: list[dict[str, Any]]) -> dict[Split, list[dict[str, Any]]]:
     """The rows of the three splits, shuffled: any first n of a split are a fair sample of it.
 
     Training keeps the terms that search relates to their code at all (the category is among the ten best results);
     validation and test keep every term.
     """
-    tools = [tool.spec() for tool in TASK.tools if tool.name in ROW_TOOLS]
     rows: dict[Split, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     terms = [pair for pair in official_terms(index.table) if len(pair[1]) <= MAX_TERM_CHARS]
     random.Random(0).shuffle(terms)
