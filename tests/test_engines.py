@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -443,7 +443,7 @@ time.sleep(600)
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ends while we read
         return False
 
 
@@ -513,7 +513,7 @@ def test_server_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
     async def start() -> None:
         code = "print('ValueError: Available memory on node 0 is too small'); raise SystemExit(1)"
         server = await launch([sys.executable, "-c", code], {}, make_scratch(), tmp_path / "engine.log")
-        async with httpx.AsyncClient(base_url="http://127.0.0.1:9", trust_env=False) as http:
+        async with aiohttp.ClientSession("http://127.0.0.1:9/") as http:
             await wait_until_ready(server, http, 30, lambda _: None)
 
     with pytest.raises(EngineError, match=r"Available memory on node 0(.|\n)*lower engine.kv_cache_gib"):
@@ -524,7 +524,7 @@ def test_server_that_is_not_ready_in_time(tmp_path: Path) -> None:
     async def start() -> None:
         server, _ = await start_tree(tmp_path / "engine.log")
         try:
-            async with httpx.AsyncClient(base_url="http://127.0.0.1:9", trust_env=False) as http:
+            async with aiohttp.ClientSession("http://127.0.0.1:9/") as http:
                 await wait_until_ready(server, http, 0.5, lambda _: None)
         finally:
             await server.close()
@@ -536,53 +536,57 @@ def test_server_that_is_not_ready_in_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_vllm_does_not_survive_sigkill_of_the_parent(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import asyncio, pathlib, sys\nfrom tests.test_engines import vllm_engine\n"
+        "import asyncio, pathlib, sys\nfrom tests.test_engines import descendants, vllm_engine\n"
         "async def main():\n"
         "    engine = vllm_engine(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
         "    await engine.start()\n"
-        "    print(engine._server._process.pid, engine._server.scratch, flush=True)\n"
+        "    supervisor = engine._server._process.pid\n"
+        "    print(supervisor, *descendants(supervisor), flush=True)\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(main())"
     )
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "engine.log")]
-    supervisor, scratch = kill_when_it_speaks(command, tmp_path / "out", 180)
-    assert wait_for(lambda: not is_running(int(supervisor)), 20), "the supervisor ends last"
-    assert not processes_of(scratch)
+    pids = [int(word) for word in kill_when_it_speaks(command, tmp_path / "out", 180)]
+    assert len(pids) >= 3, "a supervisor, a server and its engine"
+    assert wait_for(lambda: not any(is_running(pid) for pid in pids), 20)
 
 
 @pytest.mark.slow
 def test_adapters_and_the_death_of_the_server(folder: Path, tmp_path: Path) -> None:
-    async def kill_while_sampling() -> tuple[float, Path]:
+    async def kill_while_sampling() -> tuple[float, dict[int, str]]:
         config = VllmEngineConfig(max_model_len=CONTEXT, max_concurrent=8, kv_cache_gib=0.125)
         engine = VllmEngine(config, ModelConfig(path=folder, dtype="float32"), tmp_path / "engine.log", max_lora_rank=8)
         try:
             await engine.start()
             await check_adapters(engine, folder, tmp_path)
             assert engine._server is not None
-            scratch = engine._server.scratch
-            workers = [pid for pid, name in processes_of(str(scratch)).items() if "EngineCore" in name]
-            assert workers
+            processes = descendants(engine._server._process.pid)
+            (worker,) = [pid for pid, name in processes.items() if "EngineCore" in name]
             request = asyncio.create_task(engine.generate([1, 2], sampling(CONTEXT), "r"))
             await asyncio.sleep(0.02)  # the request is on its way or done: the second one below meets the death anyway
             killed = time.monotonic()
-            os.kill(workers[0], signal.SIGKILL)
+            os.kill(worker, signal.SIGKILL)
             with pytest.raises(EngineError, match=r"server died(.|\n)*engine\.log") as failure:
                 await asyncio.gather(request, engine.generate([1, 2], sampling(CONTEXT), "s"))
             assert not failure.value.retryable
-            return time.monotonic() - killed, scratch
+            return time.monotonic() - killed, processes
         finally:
             await engine.close()
 
-    seconds, scratch = asyncio.run(asyncio.wait_for(kill_while_sampling(), 200))
+    seconds, processes = asyncio.run(asyncio.wait_for(kill_while_sampling(), 200))
     assert seconds < 15
-    assert not processes_of(str(scratch))
+    assert not any(is_running(pid) for pid in processes)
 
 
-def processes_of(scratch: str) -> dict[int, str]:
-    """The processes whose temporary files are in `scratch`: pid -> command line."""
-    found: dict[int, str] = {}
+def descendants(pid: int) -> dict[int, str]:
+    """All processes below `pid`, by id, with their command lines."""
+    parents, names = {}, {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"TMPDIR={scratch}".encode() in (entry / "environ").read_bytes():
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return found
+            if entry.name.isdigit():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {child: names[child] for child in found - {pid}}

@@ -24,6 +24,7 @@ from transformers import (
 
 from rft.config import LoraConfig, ModelConfig, TrainingConfig
 from rft.errors import ConfigError, UserError
+from rft.trainers.attention import block_mask
 from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens
 from rft.trainers.policy import Policy, build_accelerator
 
@@ -322,3 +323,12 @@ def test_the_step_does_not_depend_on_ranks_or_splits(tmp_path):
         assert other_loss == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-5)
         for one, other in zip(weights, other_weights, strict=True):
             assert (one - other).abs().max() < 1e-4  # AdamW's first step divides small gradients by themselves
+
+
+def test_the_block_mask_for_gpus_says_what_the_dense_mask_says():
+    """FlexAttention itself needs a GPU; the relation it is given does not."""
+    for batch in build_micro_batches([random_group(4)], [torch.zeros(8)], 10_000, "packed"):
+        position = torch.arange(batch.input_ids.shape[1])
+        zero = torch.tensor(0)
+        relation = block_mask(batch).mask_mod(zero, zero, position[:, None], position[None, :])
+        assert torch.equal(relation, batch.attention_mask[0, 0])

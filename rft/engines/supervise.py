@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 _GRACE_S = 8.0  # vLLM needs about two seconds to remove its shared memory and end its workers
 _POLL_S = 0.02
@@ -43,6 +44,7 @@ def main(scratch: str, command: list[str]) -> int:
     finally:
         _end_group(child)
         shutil.rmtree(scratch, ignore_errors=True)
+        _remove_openmp_marks()
     return child.returncode
 
 
@@ -85,6 +87,14 @@ def _reap_orphans(child: int) -> None:
         if ended is None or ended.si_pid == child:
             return
         os.waitpid(ended.si_pid, 0)
+
+
+def _remove_openmp_marks() -> None:
+    """Delete the files that Intel's OpenMP leaves in shared memory when a process is killed: ours, of the dead."""
+    for mark in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        pid = mark.name.split("_")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            mark.unlink(missing_ok=True)
 
 
 def _prctl(option: int, value: int) -> None:

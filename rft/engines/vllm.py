@@ -6,21 +6,23 @@ server's own sampling distribution; every wait has a deadline; the server and ev
 Does not reproduce: `SamplingParams.seed` is not sent. vLLM's batches depend on arrival times, so the same seed gives
 other samples anyway; on a CPU a seeded request that is prefilled in two parts ends the server ("CPU Generator does
 not use offset"), and drawing each row by its own generator costs a fifth of the speed.
+
+aiohttp and not httpx: 0.3 ms against 2.4 ms of CPU time a request at 64 in flight, 0.4 against 5 at 1,024.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from rft.config import ModelConfig, VllmEngineConfig
 from rft.engines import Completion, EngineLoad, PublishedWeights, SamplingParams
+from rft.engines.gate import Gate
 from rft.engines.launch import ServerProcess
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
 from rft.errors import EngineError
@@ -45,11 +47,11 @@ class VllmEngine:
         self.on_status: StatusCallback = logger.debug
         self._config, self._model, self._log_path, self._max_lora_rank = config, model, log_path, max_lora_rank
         self._server: ServerProcess | None = None
-        self._http = _client(config, None)
+        self._http: aiohttp.ClientSession | None = None
         self._base_name = self._model_name = MODEL_NAME
         self._adapters: list[str] = []
         self._limit = asyncio.Semaphore(config.max_concurrent)
-        self._gate = _Gate()
+        self._gate = Gate()
 
     async def start(self) -> None:
         """Launch the server, or reach the given one, and check that it serves what the config says.
@@ -58,10 +60,10 @@ class VllmEngine:
         """
         if self._config.url is None:
             self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank)
-            await self._http.aclose()
-            self._http = _client(self._config, self._server.scratch / "s")
+        self._http = _session(self._config, self._server)
+        if self._server is not None:
             await wait_until_ready(self._server, self._http, self._config.start_timeout_s, self.on_status)
-        served = (await self._get("/v1/models")).json()["data"][0]
+        served = json.loads(await self._send("GET", "/v1/models"))["data"][0]
         self._base_name = self._model_name = served["id"]
         if served.get("max_model_len", self.max_model_len) < self.max_model_len:
             raise EngineError(
@@ -93,7 +95,7 @@ class VllmEngine:
         }
         async with self._limit, self._gate.request():
             version, body["model"] = self.policy_version, self._model_name
-            reply = await self._post("/v1/completions", body, {"X-Request-Id": rollout_id})
+            reply = await self._post("/v1/completions", body)
         return _completion(reply["choices"][0], version)
 
     async def score(self, ids: list[int], start: int) -> list[float]:
@@ -145,7 +147,7 @@ class VllmEngine:
             del self._adapters[0]
 
     async def load_metrics(self) -> EngineLoad:
-        values = _gauges((await self._get("/metrics")).text)
+        values = _gauges((await self._send("GET", "/metrics")).decode())
         return EngineLoad(
             num_running=int(values.get("vllm:num_requests_running", 0)),
             num_waiting=int(values.get("vllm:num_requests_waiting", 0)),
@@ -154,43 +156,42 @@ class VllmEngine:
 
     async def close(self) -> None:
         """End a launched server and all its processes; a given one is left alone."""
-        await self._http.aclose()
+        if self._http is not None:
+            await self._http.close()
         if self._server is not None:
             await self._server.close()
 
-    async def _get(self, path: str) -> httpx.Response:
-        return await self._send("GET", path, None, {}, _CONTROL_TIMEOUT_S, _MAX_ATTEMPTS)
-
     async def _post(
-        self,
-        path: str,
-        body: dict[str, Any],
-        headers: dict[str, str] | None = None,
-        timeout_s: float | None = None,
-        num_attempts: int = _MAX_ATTEMPTS,
+        self, path: str, body: dict[str, Any], timeout_s: float | None = None, num_attempts: int = _MAX_ATTEMPTS
     ) -> dict[str, Any]:
-        timeout_s = timeout_s or self._config.request_timeout_s
-        response = await self._send("POST", path, body, headers or {}, timeout_s, num_attempts)
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        reply: dict[str, Any] = response.json() if is_json else {}
+        content = await self._send("POST", path, body, timeout_s or self._config.request_timeout_s, num_attempts)
+        reply: dict[str, Any] = json.loads(content) if content.startswith(b"{") else {}
         return reply
 
     async def _send(
-        self, method: str, path: str, body: Any, headers: dict[str, str], timeout_s: float, num_attempts: int
-    ) -> httpx.Response:
-        """One request within `timeout_s`, tried again when the connection fails; the reply is a 2xx."""
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float = _CONTROL_TIMEOUT_S,
+        num_attempts: int = _MAX_ATTEMPTS,
+    ) -> bytes:
+        """One request within `timeout_s`, tried again when the connection or the server fails; the 2xx reply."""
+        if self._http is None:
+            raise EngineError("the engine has not been started", cure="await engine.start() first")
         try:
             async with asyncio.timeout(timeout_s):
                 for attempt in range(1, num_attempts + 1):
                     try:
-                        response = await self._http.request(method, path, json=body, headers=headers)
-                    except httpx.TransportError as error:
+                        async with self._http.request(method, path.lstrip("/"), json=body) as response:
+                            content = await response.read()
+                    except (aiohttp.ClientError, OSError) as error:
                         await self._check_alive(0.5)
                         failure = f"{type(error).__name__} {error}".strip()
                     else:
-                        if response.is_success:
-                            return response
-                        failure = await self._failure(response)
+                        if response.ok:
+                            return content
+                        failure = await self._failure(path, response.status, content)
                     if attempt < num_attempts:
                         await asyncio.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
         except TimeoutError:
@@ -205,16 +206,15 @@ class VllmEngine:
             cure="check that the server runs and engine.url is right" if self._config.url else f"read {self._log_path}",
         )
 
-    async def _failure(self, response: httpx.Response) -> str:
+    async def _failure(self, path: str, status: int, content: bytes) -> str:
         """What a reply that is no success says; raises when trying again is useless."""
-        text = f"HTTP {response.status_code}: {response.text[:500]}"
-        if response.status_code >= 500:
-            await self._check_alive(_DEATH_WAIT_S if response.status_code == 500 else 0.0)
+        text = f"HTTP {status}: {content[:500].decode(errors='replace')}"
+        if status >= 500:
+            await self._check_alive(_DEATH_WAIT_S if status == 500 else 0.0)
             return text
         raise EngineError(
-            f"{self._place}{response.request.url.path} refused a request: {text}",
-            cure=f"check engine.args; the flags rft gives a server it launches are in {Path(__file__).parent.name}"
-            "/vllm_server.py",
+            f"{self._place}{path} refused a request: {text}",
+            cure="check engine.args; what rft gives a server it launches is in rft/engines/vllm_server.py",
         )
 
     async def _check_alive(self, wait_s: float) -> None:
@@ -240,55 +240,16 @@ _PLAIN_SAMPLING: dict[str, Any] = {
 }
 
 
-class _Gate:
-    """Any number of requests, or one load, never both."""
-
-    def __init__(self) -> None:
-        self._num_requests, self._is_loading = 0, False
-        self._changed, self._one_load = asyncio.Condition(), asyncio.Lock()
-
-    @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._is_loading)
-            self._num_requests += 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._num_requests -= 1
-                self._changed.notify_all()
-
-    @asynccontextmanager
-    async def load(self, timeout_s: float) -> AsyncIterator[None]:
-        """Raises EngineError when requests are still in flight after `timeout_s`."""
-        async with self._one_load:
-            self._is_loading = True
-            try:
-                await self._drain(timeout_s)
-                yield
-            finally:
-                async with self._changed:
-                    self._is_loading = False
-                    self._changed.notify_all()
-
-    async def _drain(self, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._num_requests == 0)
-        except TimeoutError:
-            problem = f"{self._num_requests} requests were still in flight {timeout_s:.0f} s after a load was asked for"
-            raise EngineError(problem, cure="raise engine.request_timeout_s") from None
-
-
-def _client(config: VllmEngineConfig, socket: Path | None) -> httpx.AsyncClient:
+def _session(config: VllmEngineConfig, server: ServerProcess | None) -> aiohttp.ClientSession:
     # connections are dropped after 4 s without use, before a server with default settings (5 s) closes them under us
-    size = config.max_concurrent + 4
-    limits = httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=4.0)
-    transport = httpx.AsyncHTTPTransport(uds=str(socket) if socket else None, limits=limits, trust_env=False)
-    timeout = httpx.Timeout(config.request_timeout_s, connect=10.0)
-    base_url = (config.url or "http://engine").rstrip("/").removesuffix("/v1")
-    return httpx.AsyncClient(transport=transport, base_url=base_url, timeout=timeout, trust_env=False)
+    if server is not None:
+        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(
+            str(server.scratch / "s"), limit=0, keepalive_timeout=4
+        )
+    else:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+    base_url = (config.url or "http://engine").rstrip("/").removesuffix("/v1") + "/"
+    return aiohttp.ClientSession(base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None, connect=30))
 
 
 def _completion(choice: dict[str, Any], version: int) -> Completion:
