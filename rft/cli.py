@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from rft.errors import RftError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -65,13 +67,11 @@ def main() -> None:
     """Run the CLI; every expected failure becomes one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the code of an exit, 130 for a Ctrl-C
     except RftError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing written is lost, continue with --resume", 130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        code = _INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -80,8 +80,11 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message(), 2)
+    if code == _INTERRUPTED:
+        _fail("interrupted; nothing written is lost, continue with --resume", code)
+    sys.exit(code or 0)
 
 
-def _fail(text: str, code: int) -> None:
+def _fail(text: str, code: int) -> NoReturn:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", style="red", markup=False)
     sys.exit(code)

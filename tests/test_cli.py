@@ -107,8 +107,13 @@ def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path: Path) -> None
 
 def test_ctrl_c_ends_cleanly_and_resume_continues(tmp_path: Path) -> None:
     path = written(tmp_path)
+    # a shell that starts pytest in the background makes it, and so its children, ignore SIGINT
+    listening = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "sys.argv[0] = 'rft'; from rft.cli import main; main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "rft", "train", str(path), "training.steps=30"],
+        [sys.executable, "-c", listening, "train", str(path), "training.steps=500"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

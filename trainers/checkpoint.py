@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from rft.errors import StorageError
 from rft.trainers.policy import Policy
@@ -41,7 +42,7 @@ def save(directory: Path, step: int, policy: Policy, extra: dict[str, Any]) -> P
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
         raise _storage_error(target, error) from error
     except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError
         if "write" not in str(error) and "enforce fail" not in str(error):

@@ -149,7 +149,8 @@ def _share(windows: list[Window], accelerator: Accelerator) -> Window:
     if accelerator.num_processes == 1:
         return windows[0]
     shared: list[Window] = broadcast_object_list(windows, from_process=0)
-    return shared[accelerator.process_index]
+    index: int = accelerator.process_index
+    return shared[index]
 
 
 def _update(policy: Policy, window: Window, leader: Leader | None, step: int) -> StepStats | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,7 +92,7 @@ class Sync:
             for old in sorted(self._folder.glob("v[0-9]*"))[:-_NUM_KEPT]:
                 if old != path:
                     shutil.rmtree(old)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
             raise StorageError(
                 f"weights cannot be written to {path}: {error}", cure="free disk space or change runs_dir"
             ) from error
