@@ -29,13 +29,13 @@ def train(
     config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=2")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run of this name")] = False,
-    run: Annotated[str | None, typer.Option(help="the run's id: names a new run, or the one to resume")] = None,
+    run_id: Annotated[str | None, typer.Option(help="the run's id: names a new run, or the one to resume")] = None,
 ) -> None:
     """Train. `accelerate launch -m rft train CONFIG` is the same on many processes."""
     from rft.config import load_config
     from rft.job import run_job
 
-    run_job(load_config(config, overrides), run_id=run, resume=resume)
+    run_job(load_config(config, overrides), run_id=run_id, resume=resume)
 
 
 @app.command()

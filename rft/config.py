@@ -172,7 +172,9 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=where, cure="see the config reference in README.md") from None
+        raise ConfigError(
+            _explain(error), where=where, cure="compare with configs/quickstart.yaml; rft/config.py lists every key"
+        ) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

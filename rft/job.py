@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
@@ -50,6 +52,7 @@ _MAY_CHANGE_ON_RESUME = {
 def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
     """Train from `config` (or continue a run) and return the run folder. Raises RftError with one clear message."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()  # transformers' own bars would break ours
     is_leader = int(os.environ.get("RANK", "0")) == 0
     items = _load_splits(config)
     chat = Chat.from_folder(config.model.path)
@@ -126,7 +129,7 @@ def _newest_unfinished(config: RunConfig) -> Path:
         raise UserError(
             f"no unfinished run named {config.name}",
             where=str(config.runs_dir),
-            cure="leave out --resume to start one, or name a run with --run",
+            cure="leave out --resume to start one, or name a run with --run-id",
         )
     return unfinished[-1]
 

@@ -71,12 +71,11 @@ def step_line(row: dict[str, Any], num_steps: int) -> str:
         for name, value in row.items()
         if name.startswith("train/shadow/") and not name.endswith("_ci95")
     )
-    gap = f"{row['logprob_gap/mean']:.4f}" if "logprob_gap/mean" in row else "-"
     return (
         f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
         f"  valid calls {row['train/valid_call_share']:.2f}"
         f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
-        f"  log-prob gap {gap}"
+        f"  log-prob gap {row['logprob_gap/mean']:.4f}"
         f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
         f" sync {row['time/sync_s']:.1f})"
     )

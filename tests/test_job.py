@@ -37,7 +37,8 @@ def a_tree(tmp_path: Path, **sections: Any) -> dict[str, Any]:
         "name": "tiny",
         "runs_dir": str(tmp_path / "runs"),
         "model": {"path": str(model), "dtype": "float32", "lora": {"rank": 4}},
-        "engine": {"type": "transformers", "max_model_len": 256},
+        # one at a time: which requests share a batch depends on timing, and so do their last bits
+        "engine": {"type": "transformers", "max_model_len": 256, "max_concurrent": 1},
         "data": {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")},
         "grader": {"type": "python", "source": GRADER},
         "rollout": {"max_tokens_per_turn": 12, "temperature": 1.0},
@@ -70,7 +71,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path: Path) -> None:
     assert store.read_state()["status"] == "succeeded"
     training = [row for row in store.metrics() if row["kind"] == "training"]
     assert [row["step"] for row in training] == [1, 2, 3]
-    assert all(row["logprob_gap/mean"] < 1e-4 for row in training if "logprob_gap/mean" in row)
+    assert all(row["logprob_gap/mean"] < 1e-4 for row in training)
     evaluations = [(row["split"], row["step"]) for row in store.metrics() if row["kind"] == "evaluation"]
     assert evaluations == [("validation", 0), ("validation", 2), ("validation", 3)]
     assert len(list(store.rollouts(split="train"))) == 3 * 2 * 4
@@ -96,7 +97,7 @@ def _train_until(tmp_path: Path, step: int, *arguments: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(a_tree(tmp_path)))
     process = subprocess.Popen(
-        [sys.executable, "-m", "rft", "train", str(path), "--run", "killed", *arguments],
+        [sys.executable, "-m", "rft", "train", str(path), "--run-id", "killed", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

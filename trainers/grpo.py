@@ -81,10 +81,11 @@ def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: L
         clock.lap("training")
         num_skipped = _count_skips(stats, num_skipped)
         if leader is not None:
+            update = _update_metrics(policy, groups, stats)
+            _check_gap(config, update["logprob_gap/mean"], step)
             probe = _publish(policy, leader, step, groups)
             clock.lap("sync")
-            _check_gap(config, stats, step)
-            _record(leader, config, step, groups, stats, probe, clock)
+            _record(leader, config, step, groups, update, probe, clock)
             _save(config, policy, leader, step)
             if step % config.evaluation.every == 0 or step == config.training.steps:
                 _evaluate(config, leader, "validation", step)
@@ -174,11 +175,19 @@ def _count_skips(stats: StepStats | None, num_skipped: int) -> int:
     return num_skipped + 1
 
 
-def _check_gap(config: RunConfig, stats: StepStats | None, step: int) -> None:
-    if stats is not None and stats.mean_logprob_gap > config.training.max_logprob_gap:
+def _update_metrics(policy: Policy, groups: list[Group], stats: StepStats | None) -> dict[str, float]:
+    """What the update says of itself; without one, at least how far engine and trainer are apart."""
+    if stats is None:
+        mean, largest = policy.logprob_gap(groups[0])
+        return {"logprob_gap/mean": mean, "logprob_gap/max": largest}
+    row = {f"update/{name}": value for name, value in dataclasses.asdict(stats).items() if "logprob_gap" not in name}
+    return row | {"logprob_gap/mean": stats.mean_logprob_gap, "logprob_gap/max": stats.max_logprob_gap}
+
+
+def _check_gap(config: RunConfig, gap: float, step: int) -> None:
+    if gap > config.training.max_logprob_gap:
         raise NumericsError(
-            f"engine and trainer disagree at step {step}: "
-            f"mean |log-probability difference| {stats.mean_logprob_gap:.3f}",
+            f"engine and trainer disagree at step {step}: mean |log-probability difference| {gap:.3f}",
             cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
         )
 
@@ -186,8 +195,9 @@ def _check_gap(config: RunConfig, stats: StepStats | None, step: int) -> None:
 def _publish(policy: Policy, leader: Leader, step: int, groups: list[Group]) -> ProbeResult:
     """The new weights to the engine, and the proof that they arrived."""
     leader.wait(leader.engine.load(leader.sync.publish(policy, step)))
-    rollouts = [group.rollouts[0] for group in groups[:_PROBE_SEQUENCES]]
-    return leader.wait(leader.sync.probe(policy, leader.engine, [r.sequences[-1].ids for r in rollouts]))
+    sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
+    probed = sequences[:_PROBE_SEQUENCES] or [leader.first_prompt(group.item) for group in groups[:1]]
+    return leader.wait(leader.sync.probe(policy, leader.engine, probed))
 
 
 def _record(
@@ -195,24 +205,19 @@ def _record(
     config: RunConfig,
     step: int,
     groups: list[Group],
-    stats: StepStats | None,
+    update: dict[str, float],
     probe: ProbeResult,
     clock: Clock,
 ) -> None:
     row: dict[str, Any] = {"step": step, "kind": "training"}
     row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
     row |= {"groups/total": len(groups), "groups/no_signal": sum(not group.has_signal for group in groups)}
-    row |= _update_metrics(stats) if stats is not None else {}
+    row |= update
     row |= {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
     row |= clock.metrics()
     leader.store.append_metrics(row)
     leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
     leader.display.line(step_line(row, config.training.steps))
-
-
-def _update_metrics(stats: StepStats) -> dict[str, float]:
-    row = {f"update/{name}": value for name, value in dataclasses.asdict(stats).items() if "logprob_gap" not in name}
-    return row | {"logprob_gap/mean": stats.mean_logprob_gap, "logprob_gap/max": stats.max_logprob_gap}
 
 
 def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:

@@ -174,6 +174,14 @@ class Policy:
         result: Tensor = scorer(micro_batch.to(self.device), self.temperature)[0]
         return result
 
+    def logprob_gap(self, group: Group) -> tuple[float, float]:
+        """Mean and largest |sampled - current| log-probability over a group's sampled tokens; 0 without any."""
+        micro_batches = self.micro_batches([group], [torch.zeros(len(group.rollouts))])
+        if not micro_batches:
+            return 0.0, 0.0
+        gaps = torch.cat([(self.logprobs(batch).cpu() - batch.sampled_logprobs).abs() for batch in micro_batches])
+        return gaps.mean().item(), gaps.max().item()
+
     def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`, each given what precedes it; start >= 1."""
         path = torch.tensor(ids)
