@@ -28,7 +28,8 @@ def launched(command: list[str], timeout_s: float) -> subprocess.CompletedProces
         text=True,
         timeout=timeout_s,
         cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        # one thread each: two ranks of two threads that spin for each other take minutes on two cores
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -79,8 +80,15 @@ def _answers(folder: Path) -> None:
     assert "Paris" in tokenizer.decode(output[0])
 
 
-def test_accelerate_launch_does_the_same_as_rft_train(tmp_path: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    ],
+    ids=["accelerate-launch", "two-ranks"],
+)
+def test_launchers_do_the_same_as_rft_train(tmp_path: Path, launcher: list[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(a_tree(tmp_path)))
     result = launched([sys.executable, *launcher, "-m", "rft", "train", str(path), "--run-id", "l"], 200)
