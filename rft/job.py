@@ -224,6 +224,7 @@ def _lead(
     if step:
         display.line(f"continuing after step {step}")
     train(config, policy, accelerator, leader, step + 1)
+    leader.sync.clear()
 
 
 async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack) -> _Parts:

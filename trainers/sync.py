@@ -98,6 +98,10 @@ class Sync:
             ) from error
         return PublishedWeights(version, path, self.kind)
 
+    def clear(self) -> None:
+        """Remove what was published: a finished run needs none of it, checkpoints hold the adapters."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _write_merged(self, policy: PublishedPolicy, path: Path) -> None:
         path.mkdir()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.merged_state_dict().items()}
