@@ -14,18 +14,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "rft rft.types rft.errors rft.progress",
-    1: "rft.data rft.chat rft.wire rft.sandbox rft.sandbox_worker rft.metrics",
+    1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics",
     2: "rft.envs rft.graders",
-    3: "rft.config",
+    3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.budget",
     5: "rft.rollout rft.trainers",
     6: "rft.collect rft.evaluate",
-    7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export",
+    7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export rft.assembly rft.regrade",
     8: "rft.job",
-    9: "rft.server rft.cli rft.__main__",
+    9: "rft.server rft.cli rft.grade_cli rft.__main__",
 }
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-FOLDERS = {"rft.envs", "rft.graders", "rft.engines", "rft.trainers", "rft.server"}  # listed as a whole
+FOLDERS = {"rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers", "rft.server"}  # listed as a whole
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in ("rft", *(f"rft/{link}" for link in ("envs", "graders", "trainers")))

@@ -1,8 +1,8 @@
-"""Runs untrusted Python in warm, isolated worker processes (rft/sandbox_worker.py).
+"""Runs untrusted Python in warm, isolated worker processes (worker.py, isolation.py).
 
 Guarantees: every call ends within its wall time, sees nothing of other calls, and cannot end or block rft; workers
-die with rft. `Sandbox.protection` says what isolation the kernel permitted. Not covered here: hiding the files that
-rft's user may read.
+die with rft. `Sandbox.protection` says what isolation the kernel permitted: with namespaces, no network, no file of
+the user's, no process but its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rft.errors import RftError, WorldError
-from rft.sandbox_worker import empty
+from rft.sandbox.scratch import empty
 
-WORKER = Path(__file__).with_name("sandbox_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 START_S = 60.0  # for a worker to come up and isolate itself
 GRACE_S = 5.0  # beyond the wall time, for the worker to report a timeout before it is killed itself
 MAX_ARGS_BYTES = 64 * 2**20
@@ -106,6 +106,17 @@ class Sandbox:
                 await self._put_back(worker, is_usable=reply is not None or worker.load_error is not None)
         return _value_of(reply)
 
+    async def start(self) -> None:
+        """Have one worker ready, so that `protection` is known and a source that does not load is found out.
+
+        Raises CodeError when loading the source failed, SandboxError when the sandbox did.
+        """
+        async with self._slots:
+            worker = await self._start()
+            self._idle.append(worker)
+            if worker.load_error is not None:
+                raise worker.load_error
+
     async def close(self) -> None:
         """End all workers. Calls in flight end with SandboxError."""
         self._is_closed = True
@@ -138,8 +149,10 @@ class Sandbox:
         worker = await _spawn()
         self._live.add(worker)
         try:
-            worker.protection = (await self._hello(worker))["protection"]
-            self.protection = worker.protection
+            hello = await self._hello(worker)
+            if "error" in hello:
+                raise SandboxError(f"a sandbox worker cannot shut itself in: {hello['error']}")
+            self.protection = worker.protection = hello["protection"]
             worker.load_error = await self._load_error(worker)
         except BaseException:  # also cancellation: no process may be left
             await self._put_back(worker, is_usable=False)
