@@ -17,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from rft.envs.tasks import load_task
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
-from rft.wire import MAX_BODY_BYTES, Reply, RetryPolicy, WireError, client, post_json, safe_url
+from rft.wire import MAX_BODY_BYTES, Reply, RetryPolicy, WireError, client, connection_problem, post_json, safe_url
 
-_CHECK_TIMEOUT_S = 5.0
 _MAX_CONNECTIONS = 256
 
 
@@ -93,12 +92,10 @@ class HttpEnvironment:
 
     async def check(self) -> None:
         """Every host and port accepts a connection within 5 s, or UserError names tool, URL and cure."""
-        places: dict[tuple[str, int], HttpToolConfig] = {}
+        places: dict[str, HttpToolConfig] = {}
         for tool in self._tools.values():
-            parts = urlsplit(self._url(tool))
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            places.setdefault((parts.hostname or "", port), tool)
-        await asyncio.gather(*(self._connect(tool, host, port) for (host, port), tool in places.items()))
+            places.setdefault(urlsplit(self._url(tool)).netloc, tool)
+        await asyncio.gather(*(self._connect(tool) for tool in places.values()))
 
     async def open(self, item: Item, rollout_id: str) -> HttpSession:
         return HttpSession(self, item, rollout_id)
@@ -139,18 +136,14 @@ class HttpEnvironment:
             raise RuntimeError(f"tool {tool.name}: base_url must be set before a task that the run serves is used")
         return urljoin(self.base_url, tool.server_url)
 
-    async def _connect(self, tool: HttpToolConfig, host: str, port: int) -> None:
-        try:
-            async with asyncio.timeout(_CHECK_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(host, port)
-        except (OSError, TimeoutError) as error:
-            reason = getattr(error, "strerror", None) or f"no connection within {_CHECK_TIMEOUT_S:g} s"
+    async def _connect(self, tool: HttpToolConfig) -> None:
+        problem = await connection_problem(self._url(tool))
+        if problem:
             raise UserError(
-                f"tool {tool.name}: {safe_url(self._url(tool))} cannot be reached ({reason})",
+                f"tool {tool.name}: {problem}",
                 where="environment.tools",
-                cure=f"start it, e.g. `rft tools icd10 --port {port}`, or correct server_url",
-            ) from None
-        writer.close()
+                cure=f"start it, e.g. `rft tools icd10 --port {urlsplit(self._url(tool)).port}`, or correct server_url",
+            )
 
 
 class HttpSession:

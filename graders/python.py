@@ -11,25 +11,24 @@ import math
 import time
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from rft.errors import GraderError
+from rft.graders.base import BaseGrader, Spec
 from rft.sandbox import CodeError, Sandbox, SandboxError
 from rft.types import Grade, Item
 
 RUNTIME_ERROR = "python_grader_runtime_error"
+SERVER_ERROR = "python_grader_server_error"
 MAX_SOURCE_BYTES = 256_000
 CURE = "define `def grade(sample, item):` once, at the top level of the source"
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-class PythonGraderSpec(BaseModel):
+class PythonGraderSpec(Spec):
     """`image_tag` and `pass_threshold` are accepted for the contract's sake; neither changes a score."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["python"] = "python"
-    name: str = ""
     source: str
     image_tag: str | None = None
     pass_threshold: float | None = Field(None, allow_inf_nan=False)
@@ -40,26 +39,37 @@ class PythonGraderSpec(BaseModel):
         return check_source(source)
 
 
-class PythonGrader:
-    """Grades in `num_workers` warm processes, started with the first call."""
+class PythonGrader(BaseGrader):
+    """Grades in `num_workers` warm processes, the first of them started by `start`, the others when needed."""
 
     def __init__(self, spec: PythonGraderSpec, *, num_workers: int = 2, wall_s: float = 120.0) -> None:
         self.spec = spec
         self._sandbox = Sandbox(spec.source, function="grade", num_workers=num_workers, wall_s=wall_s)
 
-    @property
-    def protection(self) -> str:
-        """What isolation is in force, in words."""
-        return self._sandbox.protection
+    async def start(self) -> list[str]:
+        """Load the source and say what isolation is in force. Raises GraderError when the source does not load."""
+        try:
+            await self._sandbox.start()
+        except CodeError as error:
+            raise GraderError(
+                f"the source of the python grader does not load:\n{error.detail}",
+                flag=RUNTIME_ERROR,
+                cure="try it with `rft grade run`; the packages a grader may import are those of extra graders",
+            ) from error
+        except SandboxError as error:
+            raise GraderError(f"python grader: {error.problem}", flag=SERVER_ERROR, cure=error.cure) from error
+        return [f"python graders run in a sandbox; {self._sandbox.protection}"]
 
-    async def grade(self, item: Item, sample: dict[str, Any]) -> Grade:
+    async def grade(self, item: Item, sample: dict[str, Any], trace_id: str = "") -> Grade:
         started = time.monotonic()
         try:
             value = await self._sandbox.call(sample, item.row)
         except CodeError as error:
             return _zero(error.detail, started)
         except SandboxError as error:
-            raise GraderError(f"python grader: {error.problem}", retryable=error.retryable, cure=error.cure) from error
+            raise GraderError(
+                f"python grader: {error.problem}", flag=SERVER_ERROR, retryable=error.retryable, cure=error.cure
+            ) from error
         if not isinstance(value, int | float) or not is_finite(value):
             return _zero(f"grade() returned {value!r:.200}, not a finite number", started)
         return Grade(score=float(value), latency_s=time.monotonic() - started)

@@ -24,6 +24,19 @@ def sample_of(rollout: Rollout) -> dict[str, Any]:
     }
 
 
+def sample_of_text(text: str) -> dict[str, Any]:
+    """An answer given as text alone, as the contract's graders/run takes it."""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    return {
+        "choices": [{"index": 0, "message": {**message, "tool_calls": []}, "finish_reason": "stop"}],
+        "output_text": text,
+        "output_json": _parsed(text),
+        "output_tools": [],
+        "output_reasoning_summary": None,
+        "trace": [message],
+    }
+
+
 def _choice(rollout: Rollout) -> dict[str, Any]:
     """The last sampled message; an empty one when nothing was sampled."""
     last = rollout.turns[-1] if rollout.turns else None

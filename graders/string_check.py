@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
+from rft.graders.base import BaseGrader, Spec, missing_variable_grade
 from rft.graders.template import TemplateError, check_template, render
 from rft.types import Grade, Item
 
 Operation = Literal["eq", "ne", "like", "ilike"]
 
 
-class StringCheckSpec(BaseModel):
+class StringCheckSpec(Spec):
     """`like` and `ilike` ask whether input contains reference; only `ilike` ignores case."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["string_check"] = "string_check"
-    name: str = ""
     input: str
     reference: str
     operation: Operation
@@ -29,24 +27,21 @@ class StringCheckSpec(BaseModel):
         return check_template(text)
 
 
-class StringCheckGrader:
+class StringCheckGrader(BaseGrader):
     """A variable missing in the sample is the model's doing: 0, flagged. One missing in the item raises."""
 
     def __init__(self, spec: StringCheckSpec) -> None:
         self.spec = spec
 
-    async def grade(self, item: Item, sample: dict[str, Any]) -> Grade:
-        try:
-            text = render(self.spec.input, item.row, sample)
-            reference = render(self.spec.reference, item.row, sample)
-        except TemplateError as error:
-            if error.namespace != "sample":
-                raise
-            return Grade(score=0.0, errors={error.flag: error.problem})
-        return Grade(score=float(compare(text, reference, self.spec.operation)))
+    def seen(self, item: Item, sample: dict[str, Any]) -> Any:
+        return [render(template, item.row, sample) for template in (self.spec.input, self.spec.reference)]
 
-    async def close(self) -> None:
-        """Nothing is held."""
+    async def grade(self, item: Item, sample: dict[str, Any], trace_id: str = "") -> Grade:
+        try:
+            text, reference = self.seen(item, sample)
+        except TemplateError as error:
+            return missing_variable_grade(error)
+        return Grade(score=float(compare(text, reference, self.spec.operation)))
 
 
 def compare(text: str, reference: str, operation: Operation) -> bool:

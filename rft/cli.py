@@ -13,10 +13,12 @@ import typer
 from rich.console import Console
 
 from rft.errors import RftError
+from rft.grade_cli import app as grade_app
 
 _INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(grade_app, name="grade")
 
 
 @app.callback()

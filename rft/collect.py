@@ -10,27 +10,47 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rft.errors import NoProgressError
+from rft.errors import NoProgressError, first_cause
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.types import Group, Item, Rollout, Split, rollout_id, rollout_seed
 
-_MIN_DISCARDED = 8  # below this many a share says nothing
+_MIN_COUNTED = 8  # below this many a share says nothing
+_NUM_EXAMPLES = 3
 
 
 @dataclass(slots=True)
 class _Tally:
-    """How many rollouts of this step were discarded, and the limit that ends it."""
+    """What went wrong in this step: rollouts discarded, grades that failed, and the limits that end it."""
 
-    limit: float
+    max_discarded: float
+    max_failed: float
     num_discarded: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, rollout: Rollout) -> None:
+        if rollout.stop_reason.is_discarded:
+            self.discard(rollout)
+        elif rollout.grade is not None and rollout.grade.failure is not None:
+            self.fail(rollout, rollout.grade.failure)
 
     def discard(self, rollout: Rollout) -> None:
         self.num_discarded += 1
-        if self.num_discarded > max(self.limit, _MIN_DISCARDED):
+        if self.num_discarded > max(self.max_discarded, _MIN_COUNTED):
             raise NoProgressError(
                 f"{self.num_discarded} rollouts of step {rollout.step} were discarded; "
                 f"the last ended with {rollout.stop_reason}: {rollout.error}",
                 cure="repair what failed, then continue with --resume",
+            )
+
+    def fail(self, rollout: Rollout, failure: str) -> None:
+        self.failures.append(failure)
+        if len(self.failures) > max(self.max_failed, _MIN_COUNTED):
+            examples = list(dict.fromkeys(self.failures))[:_NUM_EXAMPLES]
+            raise NoProgressError(
+                f"the grader failed on {len(self.failures)} rollouts of step {rollout.step}, for example:\n"
+                + "\n---\n".join(examples),
+                cure="repair the grader (`rft grade run` tries it on one answer), then continue with --resume;"
+                " or raise rollout.max_failed_grade_share",
             )
 
 
@@ -50,15 +70,17 @@ class Collector:
     async def collect(self, items: Sequence[Item], split: Split, step: int, rollouts_per_item: int) -> list[Group]:
         """One group per item, in the order of `items`.
 
-        Raises NoProgressError when more than `max_discarded_share` of the rollouts were discarded, and EngineError
-        when the engine is gone; all other rollouts are cancelled first.
+        Raises NoProgressError when more than `max_discarded_share` of the rollouts were discarded or more than
+        `max_failed_grade_share` of the grades failed, and EngineError when the engine is gone; all other rollouts are
+        cancelled first.
         """
-        tally = _Tally(self.workshop.limits.max_discarded_share * len(items) * rollouts_per_item)
+        limits, size = self.workshop.limits, len(items) * rollouts_per_item
+        tally = _Tally(limits.max_discarded_share * size, limits.max_failed_grade_share * size)
         try:
             async with asyncio.TaskGroup() as tasks:
                 groups = [tasks.create_task(self._group(item, split, step, rollouts_per_item, tally)) for item in items]
         except BaseExceptionGroup as failures:
-            raise _leaf(failures) from None
+            raise first_cause(failures) from None
         return [group.result() for group in groups]
 
     async def _group(self, item: Item, split: Split, step: int, size: int, tally: _Tally) -> Group:
@@ -74,10 +96,10 @@ class Collector:
         num_discarded = 0
         while True:
             rollout = await self._attempt(item, split, step, index + num_discarded * size)
+            tally.add(rollout)
             if not rollout.stop_reason.is_discarded:
                 return rollout, num_discarded
             num_discarded += 1
-            tally.discard(rollout)
 
     async def _attempt(self, item: Item, split: Split, step: int, index: int) -> Rollout:
         attempt = Attempt(
@@ -92,11 +114,3 @@ class Collector:
             rollout = await run_rollout(attempt, self.workshop)
         self.on_rollout(rollout)
         return rollout
-
-
-def _leaf(failures: BaseExceptionGroup) -> BaseException:
-    """The first cause inside nested exception groups: its siblings were cancelled because of it."""
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure

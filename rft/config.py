@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from rft.envs import EnvironmentConfig
 from rft.errors import ConfigError
-from rft.graders import GraderSpec
+from rft.graders import GraderSpec, judge_models
+from rft.graders.base import spec_path
+from rft.graders.judge import JudgeConfig
 
 
 class Config(BaseModel):
@@ -84,6 +86,9 @@ class RolloutConfig(Config):
     max_discarded_share: float = Field(
         0.5, ge=0, le=1, description="of a step's rollouts; beyond it the run stops and names the cause"
     )
+    max_failed_grade_share: float = Field(
+        0.5, ge=0, le=1, description="of a step's grades: the grader's code raised, its judge answered no number"
+    )
 
 
 class TrainingConfig(Config):
@@ -133,6 +138,7 @@ class RunConfig(Config):
     environment: EnvironmentConfig | None = None  # null: no tools
     grader: GraderSpec
     shadow_graders: dict[str, GraderSpec] = Field(default_factory=dict)
+    judges: dict[str, JudgeConfig] = Field(default_factory=dict)  # by the model name that graders use
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -141,6 +147,18 @@ class RunConfig(Config):
     def rollouts_per_item(self) -> int:
         """What the compute multiplier buys: `max(2, round(base_rollouts x compute_multiplier))`."""
         return max(2, round(self.training.base_rollouts * self.training.compute_multiplier))
+
+    @model_validator(mode="after")
+    def _judges_exist(self) -> RunConfig:
+        graders = {"grader": self.grader, **{f"shadow_graders.{k}": v for k, v in self.shadow_graders.items()}}
+        for path, spec in graders.items():
+            for model in judge_models(spec):
+                if model not in self.judges:
+                    raise ValueError(
+                        f"{path} asks the model {model}, and judges has no {model}; add judges: "
+                        f"{{{model}: {{url: https://host/v1}}}}, or {{{model}: {{path: a model folder}}}}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _turn_fits_engine(self) -> RunConfig:
@@ -198,10 +216,11 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         # pydantic puts the discriminator's tag into the path (engine.vllm.url): the user wrote engine.url
-        path = ".".join(str(part) for part in problem["loc"] if part not in ("vllm", "transformers", "http"))
+        path = ".".join(part for part in spec_path(problem["loc"]) if part not in ("vllm", "transformers", "http"))
         lines.append(f"{path or 'config'}: {_sentence(problem['type'], problem['msg'])}")
     return "; ".join(lines)
 
 
 def _sentence(kind: str, text: str) -> str:
+    text = text.removeprefix("Value error, ")
     return "unknown key" if kind == "extra_forbidden" else text[0].lower() + text[1:]

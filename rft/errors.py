@@ -58,9 +58,14 @@ class ToolError(WorldError):
 
 
 class GraderError(WorldError):
-    """A grader itself failed; never a grade of 0."""
+    """A grader itself failed; never a grade of 0. `flag` is the contract's name of the failure."""
 
     stop_reason = StopReason.GRADER_FAILED
+    flag = "other_error"
+
+    def __init__(self, problem: str, *, flag: str = "", retryable: bool = False, cure: str = "") -> None:
+        self.flag = flag or type(self).flag
+        super().__init__(problem, retryable=retryable, cure=cure)
 
 
 class SyncError(WorldError):
@@ -77,6 +82,14 @@ class NumericsError(WorldError):
 
 class NoProgressError(WorldError):
     """The run cannot go on: too many rollouts in a row were discarded for the same cause."""
+
+
+def first_cause(failures: BaseExceptionGroup) -> BaseException:
+    """The first failure inside nested exception groups: its siblings were cancelled because of it."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
 
 
 def attribute(error: BaseException) -> StopReason | None:

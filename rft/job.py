@@ -11,22 +11,18 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from rft.assembly import build_parts, load_policy, start_parts
 from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
 from rft.data import load_items, overlap
-from rft.engines import Engine, build_engine
-from rft.envs import Environment, build_environment
-from rft.envs.http import HttpEnvironment
-from rft.envs.serve import ToolServer
+from rft.envs import build_environment
 from rft.errors import RftError, UserError
-from rft.graders import Grader, build_grader
 from rft.progress import Display
 from rft.report import final_table, write_report
 from rft.rollout import Workshop
@@ -174,16 +170,6 @@ def _end(store: RunStore, status: str, error: str) -> None:
     store.write_state({**store.read_state(), "status": status, "error": error or None})
 
 
-@dataclass(slots=True)
-class _Parts:
-    """What a run samples with."""
-
-    engine: Engine
-    environment: Environment | None
-    grader: Grader
-    shadow_graders: dict[str, Grader]
-
-
 def _lead(
     config: RunConfig,
     store: RunStore,
@@ -196,10 +182,14 @@ def _lead(
     from rft.trainers.grpo import Leader, train
     from rft.trainers.sync import Sync
 
-    parts = loop.run(_build_parts(config, store, stack))
+    def note(text: str) -> None:
+        store.append_event("info", text)
+        display.line(text)
+
+    with display.phase("checking tools and graders", keep=False):
+        parts = loop.run(build_parts(config, store, stack, note))
     with display.phase("starting the engine and loading the model") as phase:
-        parts.engine.on_status = phase.status
-        accelerator, policy = loop.run(_start(config, parts.engine))
+        accelerator, policy = loop.run(start_parts(config, parts, store, stack, phase.status))
     workshop = Workshop(
         parts.engine,
         chat,
@@ -227,45 +217,6 @@ def _lead(
     leader.sync.clear()
 
 
-async def _build_parts(config: RunConfig, store: RunStore, stack: AsyncExitStack) -> _Parts:
-    """Tools, graders and the engine, not yet started; tools are checked here, before anything heavy."""
-    environment = None
-    if config.environment is not None:
-        environment = build_environment(config.environment)
-        stack.push_async_callback(environment.close)
-        if isinstance(environment, HttpEnvironment) and environment.config.serve:
-            environment.base_url = stack.enter_context(ToolServer(environment.config.serve)).base_url
-        await environment.check()
-    grader = build_grader(config.grader)
-    stack.push_async_callback(grader.close)
-    shadow_graders = {name: build_grader(spec) for name, spec in config.shadow_graders.items()}
-    for shadow in shadow_graders.values():
-        stack.push_async_callback(shadow.close)
-    engine = build_engine(config, store.engine_log)
-    stack.push_async_callback(engine.close)
-    return _Parts(engine, environment, grader, shadow_graders)
-
-
-async def _start(config: RunConfig, engine: Engine) -> tuple[Accelerator, Policy]:
-    """Start a server engine while the policy loads: both take long, neither needs the other.
-
-    An in-process engine goes first: transformers cannot load two models in two threads of one process.
-    """
-    if config.engine.type == "transformers":
-        await engine.start()
-        return await asyncio.to_thread(_load_policy, config)
-    loading = asyncio.create_task(asyncio.to_thread(_load_policy, config))
-    await engine.start()
-    return await loading
-
-
-def _load_policy(config: RunConfig) -> tuple[Accelerator, Policy]:
-    from rft.trainers.policy import Policy, build_accelerator
-
-    accelerator = build_accelerator(config.seed)
-    return accelerator, Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)
-
-
 def _latest_checkpoint(folder: Path | None, accelerator: Accelerator) -> Path | None:
     """The checkpoint to continue from, as rank 0 sees it; `folder` is None on the other ranks."""
     from accelerate.utils import broadcast_object_list
@@ -289,6 +240,6 @@ def _follow(config: RunConfig) -> None:
     """A rank that only trains: same policy, same steps, no engine, no run folder of its own."""
     from rft.trainers.grpo import train
 
-    accelerator, policy = _load_policy(config)
+    accelerator, policy = load_policy(config)
     step = _restore(_latest_checkpoint(None, accelerator), policy)
     train(config, policy, accelerator, None, step + 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rft.types import Group, Rollout
+from rft.types import Grade, Group, Rollout
 
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -28,12 +28,14 @@ def mean_ci95(values_per_item: Sequence[Sequence[float]]) -> tuple[float, float]
     return fmean(means), _Z95 * stdev(means) / math.sqrt(len(means))
 
 
-def _values(groups: Sequence[Group], value: Callable[[Rollout], float]) -> list[list[float]]:
-    return [[value(rollout) for rollout in group.rollouts] for group in groups]
+def _values(groups: Sequence[Group], value: Callable[[Rollout], float | None]) -> list[list[float]]:
+    """A list per item; rollouts that `value` has nothing to say of are left out."""
+    found = ([value(rollout) for rollout in group.rollouts] for group in groups)
+    return [[value for value in values if value is not None] for values in found]
 
 
-_MEASURES: dict[str, Callable[[Rollout], float]] = {
-    "grade": lambda rollout: rollout.grade.score if rollout.grade else math.nan,
+_MEASURES: dict[str, Callable[[Rollout], float | None]] = {
+    "grade": lambda rollout: rollout.grade.score if rollout.grade else None,
     "valid_call_share": lambda rollout: float(rollout.has_valid_call),
     "tool_calls": lambda rollout: len(rollout.tool_calls),
     "sampled_tokens": lambda rollout: rollout.num_sampled_tokens,
@@ -44,24 +46,78 @@ _MEASURES: dict[str, Callable[[Rollout], float]] = {
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Every measure as `name` and `name_ci95`, shadow grades as `shadow/name`, stop reasons as `stop/reason` shares."""
+    """Every measure as `name` and `name_ci95`, stop reasons as `stop/reason` shares.
+
+    Shadow grades are `shadow/name`, a multi grader's parts `part/key`, what grading took and met `grader/...`.
+    """
     row: dict[str, float] = {}
-    shadows = sorted({name for group in groups for r in group.rollouts if r.grade for name in r.grade.shadow})
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    grades = [rollout.grade for rollout in rollouts if rollout.grade is not None]
     measures = dict(_MEASURES)
-    for name in shadows:
-        measures[f"shadow/{name}"] = lambda rollout, name=name: rollout.grade.shadow[name]  # type: ignore[misc]
+    for name in sorted({name for grade in grades for name in grade.shadow}):
+        measures[f"shadow/{name}"] = lambda r, name=name: r.grade.shadow.get(name) if r.grade else None  # type: ignore[misc]
+    for key in sorted({key for grade in grades for key in grade.parts}):
+        measures[f"part/{key}"] = lambda r, key=key: r.grade.sub_scores.get(key) if r.grade else None  # type: ignore[misc]
     for name, measure in measures.items():
         row[name], row[f"{name}_ci95"] = mean_ci95(_values(groups, measure))
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
     for reason, count in sorted(Counter(rollout.stop_reason for rollout in rollouts).items()):
         row[f"stop/{reason}"] = count / len(rollouts)
     return row | {
         "num_items": len(groups),
         "num_rollouts": len(rollouts),
         "num_discarded": sum(group.num_discarded for group in groups),
-        "grader_errors": sum(1 for rollout in rollouts if rollout.grade and rollout.grade.errors),
+        **_grader_metrics(grades),
         "forks": sum(turn.is_fork for rollout in rollouts for turn in rollout.turns),
     }
+
+
+def _grader_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """Errors per flag, seconds and judge tokens per rollout, the share of grades that came from the cache."""
+    leaves = [leaf for grade in grades for leaf in grade.leaves]
+    flags = Counter(flag for grade in grades for flag, _ in grade.all_errors)
+    spreads = [leaf.spread for leaf in leaves if leaf.spread is not None]
+    usage = [used for grade in grades for used in grade.all_usage.values()]
+    row: dict[str, float] = {
+        "grader_errors": sum(1 for grade in grades if grade.all_errors),
+        "grader/latency_s": fmean([grade.latency_s for grade in grades] or [0.0]),
+        "grader/cache_hit_share": fmean([leaf.is_cached for leaf in leaves] or [0.0]),
+        "grader/prompt_tokens": sum(used.prompt_tokens for used in usage),
+        "grader/completion_tokens": sum(used.completion_tokens for used in usage),
+        "grader/shadow_errors": sum(len(grade.shadow_errors) for grade in grades),
+    }
+    if spreads:
+        row["grader/judge_spread"] = fmean(spreads)
+    return row | {f"grader_error/{flag}": float(count) for flag, count in sorted(flags.items())}
+
+
+def shadow_divergence(rows: Sequence[dict[str, Any]], window: int = 4) -> str | None:
+    """A warning when the grade rose while a shadow grade fell: what is optimised may not be what is wanted.
+
+    Compares the last `window` training rows with the `window` before them; a change counts when it is larger than its
+    95% interval (of the difference of two means of `window` steps each).
+    """
+    recent, older = rows[-window:], rows[-2 * window : -window]
+    if len(older) < window:
+        return None
+    rise, margin = _change(older, recent, "train/grade")
+    for name in sorted(key for key in recent[-1] if key.startswith("train/shadow/") and not key.endswith("_ci95")):
+        fall, fall_margin = _change(older, recent, name)
+        if rise > margin and -fall > fall_margin:
+            shadow = name.removeprefix("train/shadow/")
+            return (
+                f"the grade rose by {rise:.3f} ± {margin:.3f} in the last {window} steps while the shadow grade"
+                f" {shadow} fell by {-fall:.3f} ± {fall_margin:.3f}: read some rollouts, the grader may be gamed"
+            )
+    return None
+
+
+def _change(older: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
+    """Difference of the two means of a measure, and the half-width of its 95% interval; (0, 0) where it is missing."""
+    if any(name not in row for row in (*older, *recent)):
+        return 0.0, 0.0
+    half_widths = [row[f"{name}_ci95"] / len(part) for part in (older, recent) for row in part]
+    means = [fmean(row[name] for row in part) for part in (older, recent)]
+    return means[1] - means[0], math.hypot(*half_widths)
 
 
 def step_line(row: dict[str, Any], num_steps: int) -> str:
@@ -71,9 +127,10 @@ def step_line(row: dict[str, Any], num_steps: int) -> str:
         for name, value in row.items()
         if name.startswith("train/shadow/") and not name.endswith("_ci95")
     )
+    cached = f"  grades cached {share:.2f}" if (share := row.get("train/grader/cache_hit_share", 0.0)) else ""
     return (
         f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
-        f"  valid calls {row['train/valid_call_share']:.2f}"
+        f"  valid calls {row['train/valid_call_share']:.2f}{cached}"
         f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
         f"  log-prob gap {row['logprob_gap/mean']:.4f}"
         f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"

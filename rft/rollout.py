@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from rft.chat import Chat, tool_message
 from rft.config import RolloutConfig
 from rft.engines import Engine, SamplingParams
 from rft.envs import Environment, Session
-from rft.errors import EngineError, WorldError, attribute
+from rft.errors import EngineError, GraderError, WorldError, attribute, first_cause
 from rft.graders import Grader
 from rft.graders.sample import sample_of
 from rft.types import Grade, Item, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn
@@ -165,17 +166,8 @@ async def _call_tools(session: Session | None, calls: list[ToolCall]) -> list[To
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_call_tool(session, call)) for call in calls]
     except* WorldError as failures:
-        raise _first(failures) from None
+        raise first_cause(failures) from None
     return [task.result() for task in tasks]
-
-
-def _first(failures: BaseExceptionGroup[WorldError]) -> WorldError:
-    """The first failure of a group: the others are consequences of the same turn."""
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    assert isinstance(failure, WorldError)
-    return failure
 
 
 async def _call_tool(session: Session | None, call: ToolCall) -> ToolResult:
@@ -189,7 +181,15 @@ async def _grade(
 ) -> Grade:
     """The grade, with the shadow graders' scores beside it."""
     sample = sample_of(_record(attempt, conversation, stop_reason, started_at))
-    grade = await workshop.grader.grade(attempt.item, sample)
-    for name, grader in workshop.shadow_graders.items():
-        grade.shadow[name] = (await grader.grade(attempt.item, sample)).score
+    grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
+    shadows = (_shadow(name, grader, grade, attempt, sample) for name, grader in workshop.shadow_graders.items())
+    await asyncio.gather(*shadows)
     return grade
+
+
+async def _shadow(name: str, grader: Grader, grade: Grade, attempt: Attempt, sample: dict[str, Any]) -> None:
+    """Note a shadow grader's score in `grade`; one that fails must not cost the rollout."""
+    try:
+        grade.shadow[name] = (await grader.grade(attempt.item, sample, attempt.id)).score
+    except GraderError as error:
+        grade.shadow_errors[name] = error.problem

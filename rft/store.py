@@ -84,6 +84,14 @@ class RunStore:
         return self.path / "checkpoints"
 
     @property
+    def grade_cache(self) -> Path:
+        return self.path / "grades.sqlite"
+
+    def judge_log(self, name: str) -> Path:
+        """Of a judge the run serves; its name may hold anything, the file's only what every disk accepts."""
+        return self.path / ("judge-" + re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".log")
+
+    @property
     def weights(self) -> Path:
         return self.path / "weights"
 

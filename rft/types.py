@@ -138,14 +138,36 @@ class Turn(Record):
     sampled_s: float = 0.0  # seconds the engine took
 
 
+_ANSWER_ERRORS = frozenset({"invalid_variable_error", "sample_parse_error"})  # flags that are the model's doing
+
+
+class TokenUsage(Record):
+    """Tokens a judge model took for one or more judgements."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens
+
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        return TokenUsage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+        )
+
+
 class Grade(Record):
     """What a grader says of a rollout. `errors` holds the contract's error flags that are set, with details."""
 
     score: float
-    sub_scores: dict[str, float] = Field(default_factory=dict)
+    parts: dict[str, Grade] = Field(default_factory=dict)  # of a multi grader, by key
     shadow: dict[str, float] = Field(default_factory=dict)  # graders that are logged and never optimised
     errors: dict[str, str] = Field(default_factory=dict)
+    usage: dict[str, TokenUsage] = Field(default_factory=dict)  # by judge model
+    shadow_errors: dict[str, str] = Field(default_factory=dict)  # shadow graders that failed, and why
+    spread: float | None = None  # standard deviation of several judgements of the same answer
     latency_s: float = 0.0
+    is_cached: bool = False
 
     @field_validator("score")
     @classmethod
@@ -153,6 +175,34 @@ class Grade(Record):
         if not math.isfinite(score):
             raise ValueError(f"a grade must be a finite number, got {score}")
         return score
+
+    @property
+    def sub_scores(self) -> dict[str, float]:
+        return {key: part.score for key, part in self.parts.items()}
+
+    @property
+    def all_errors(self) -> list[tuple[str, str]]:
+        """(flag, detail) of this grade and its parts."""
+        return [*self.errors.items(), *(error for part in self.parts.values() for error in part.all_errors)]
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong in the grader itself, where that became a score; a bad answer is no failure."""
+        return next((detail for flag, detail in self.all_errors if flag not in _ANSWER_ERRORS), None)
+
+    @property
+    def leaves(self) -> list[Grade]:
+        """The grades that were given and not computed: the parts of a multi grader, else itself."""
+        return [leaf for part in self.parts.values() for leaf in part.leaves] or [self]
+
+    @property
+    def all_usage(self) -> dict[str, TokenUsage]:
+        """Tokens per judge model, of this grade and its parts."""
+        total = dict(self.usage)
+        for part in self.parts.values():
+            for model, usage in part.all_usage.items():
+                total[model] = total.get(model, TokenUsage()) + usage
+        return total
 
 
 @dataclass(frozen=True, slots=True)

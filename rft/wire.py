@@ -12,8 +12,9 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,15 +71,20 @@ class Reply:
             return None
 
 
-def client(*, timeout_s: float, max_connections: int) -> httpx.AsyncClient:
+def client(*, timeout_s: float, max_connections: int, socket: Path | None = None) -> httpx.AsyncClient:
     """A client that follows no redirects and ignores the environment's proxies: traffic goes where the URL says.
+
+    socket: a Unix socket to which all of it goes instead.
 
     Waiting for a free connection counts towards the deadline: bound the concurrency before the pool.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its INFO line per request prints whole URLs
     timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=_MAX_IDLE_CONNECTIONS)
-    return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False, trust_env=False)
+    transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits) if socket is not None else None
+    return httpx.AsyncClient(
+        timeout=timeout, limits=limits, transport=transport, follow_redirects=False, trust_env=False
+    )
 
 
 async def post_json(
@@ -90,14 +96,19 @@ async def post_json(
     timeout_s: float,
     retry: RetryPolicy,
     problem_of: Callable[[Reply], str | None] | None = None,
+    before_attempt: Callable[[], Awaitable[None]] | None = None,
 ) -> Reply:
     """POST a JSON body, the same bytes on every attempt; each attempt has `timeout_s`.
+
+    before_attempt: awaited before each, outside its deadline (a rate limit).
 
     Retried: transport errors, timeouts, status 5xx, and replies for which `problem_of` returns a text.
     Raises WireError with the last problem when all attempts failed.
     """
     problem = ""
     for attempt in range(1, retry.max_attempts + 1):
+        if before_attempt is not None:
+            await before_attempt()
         started = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
@@ -114,6 +125,20 @@ async def post_json(
     for value in filter(None, headers.values()):
         problem = problem.replace(value, "***")  # a server's error page may quote what we sent
     raise WireError(f"{safe_url(url)} failed {retry.max_attempts} times: {problem}", num_attempts=retry.max_attempts)
+
+
+async def connection_problem(url: str) -> str | None:
+    """Why nothing accepts connections at the URL's host and port; None when something does."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(parts.hostname, port)
+    except (OSError, TimeoutError) as error:
+        reason = getattr(error, "strerror", None) or f"no connection within {_CONNECT_TIMEOUT_S:g} s"
+        return f"{safe_url(url)} cannot be reached ({reason})"
+    writer.close()
+    return None
 
 
 def redact(headers: Mapping[str, str]) -> dict[str, str]:

@@ -5,41 +5,43 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
-_REASONS = {200: "OK", 302: "Found", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error"}
+_REASONS = {200: "OK", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 413: "Too Large"}
+_REASONS |= {429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable"}
 
 
-class FaultyToolServer:
-    """A real HTTP server on loopback whose behaviour is scripted by tool: `behaviours[name]` is one word of these.
+class LoopbackServer:
+    """A real HTTP server on loopback, in a thread of its own; `_respond` says what it does with a request.
 
-    ok, slow:SECONDS, hang, 400, 404, 4xx_output, 500_once, 500, half_closed, drop_once, invalid_json, no_output,
-    too_large, too_large_400, redirect, surrogate. Every request body is kept in `requests`, its headers in `headers`.
+    Every request body is kept in `requests`, its headers in `headers`, its path in `paths`.
     """
 
-    def __init__(self, behaviours: dict[str, str]) -> None:
-        self.behaviours = behaviours
+    def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.times: list[float] = []
         self.max_concurrent = 0
         self.base_url = ""
         self._num_open = 0
-        self._num_seen: Counter[str] = Counter()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
-    def __enter__(self) -> FaultyToolServer:
+    def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10), "the fake tool server did not start"
+        assert self._ready.wait(10), "the fake server did not start"
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
-    def requests_for(self, name: str) -> list[dict[str, Any]]:
-        return [request for request in self.requests if request["name"] == name]
+    async def _respond(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        raise NotImplementedError
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -74,10 +76,31 @@ class FaultyToolServer:
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         self.requests.append(body)
         self.headers.append(headers)
+        self.paths.append(head[0].split()[1])
+        self.times.append(time.monotonic())
+        await self._respond(body, writer)
+        await writer.drain()
+
+
+class FaultyToolServer(LoopbackServer):
+    """A tool server whose behaviour is scripted by tool: `behaviours[name]` is one word of these.
+
+    ok, slow:SECONDS, hang, 400, 404, 4xx_output, 500_once, 500, half_closed, drop_once, invalid_json, no_output,
+    too_large, too_large_400, redirect, surrogate.
+    """
+
+    def __init__(self, behaviours: dict[str, str]) -> None:
+        super().__init__()
+        self.behaviours = behaviours
+        self._num_seen: Counter[str] = Counter()
+
+    def requests_for(self, name: str) -> list[dict[str, Any]]:
+        return [request for request in self.requests if request["name"] == name]
+
+    async def _respond(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         name = body["name"]
         self._num_seen[name] += 1
         await self._behave(self.behaviours[name], self._num_seen[name] == 1, body, writer)
-        await writer.drain()
 
     async def _behave(self, behaviour: str, is_first: bool, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         kind, _, value = behaviour.partition(":")
@@ -115,3 +138,29 @@ def _write(writer: asyncio.StreamWriter, status: int, payload: Any, extra: str =
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     head = f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{extra}\r\n"
     writer.write(head.encode() + body)
+
+
+class ScriptedServer(LoopbackServer):
+    """Answers the n-th request (from 0) with `script(n, body)`: (status, payload), or None to hang up mid-answer."""
+
+    def __init__(self, script: Callable[[int, dict[str, Any]], tuple[int, Any] | None], delay_s: float = 0.0) -> None:
+        super().__init__()
+        self.script, self.delay_s, self._num_answered = script, delay_s, 0
+
+    async def _respond(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        number, self._num_answered = self._num_answered, self._num_answered + 1
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        answer = self.script(number, body)
+        if answer is None:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
+        else:
+            _write(writer, *answer)
+
+
+def verdict(answer: Any, finish_reason: str = "stop", refusal: str | None = None) -> tuple[int, dict[str, Any]]:
+    """A judge's chat completion that says `answer` (a string as it is, anything else as JSON)."""
+    content = answer if isinstance(answer, str) else json.dumps(answer)
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 3}}
+    return 200, {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}], "usage": usage}

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from scripted_engine import ScriptedEngine
-from test_rollout import CALL, RecordingEnvironment, a_workshop, an_item, say
+from test_rollout import CALL, RecordingEnvironment, RecordingGrader, a_workshop, an_item, say
 
 from rft.collect import Collector
 from rft.config import RolloutConfig
 from rft.engines import Completion, SamplingParams
 from rft.errors import EngineError, NoProgressError
 from rft.rollout import Workshop
-from rft.types import Group, Rollout, StopReason
+from rft.types import Grade, Group, Item, Rollout, StopReason
 
 
 def a_collector(workshop: Workshop) -> tuple[Collector, list[Rollout]]:
@@ -63,6 +63,32 @@ def test_too_many_discards_end_the_step_with_the_cause() -> None:
     collector, _ = a_collector(workshop)
     with pytest.raises(NoProgressError, match=r"engine_failed: reset by peer"):
         collect(collector)
+
+
+class FailingGrader(RecordingGrader):
+    """Every grade is a 0 with an error flag."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag = flag
+
+    async def grade(self, item: Item, sample: dict[str, Any], trace_id: str = "") -> Grade:
+        return Grade(score=0.0, errors={self.flag: f"line {len(self.samples) % 2}: KeyError: 'gold'"})
+
+
+def test_too_many_failed_grades_end_the_step_with_tracebacks() -> None:
+    collector, seen = a_collector(a_workshop(say("I21.9"), grader=FailingGrader("python_grader_runtime_error")))
+    with pytest.raises(NoProgressError, match=r"the grader failed on 9 rollouts of step 1(.|\n)*KeyError: 'gold'"):
+        collect(collector, num_items=4)
+    assert len(seen) >= 9
+
+
+def test_few_failed_grades_and_bad_answers_do_not() -> None:
+    broken, patient = FailingGrader("python_grader_runtime_error"), RolloutConfig(max_failed_grade_share=1.0)
+    collect(a_collector(a_workshop(say("I21.9"), grader=broken))[0], num_items=2)  # 8: a share says nothing yet
+    collect(a_collector(a_workshop(say("I21.9"), grader=broken, limits=patient))[0], num_items=4)
+    answers = FailingGrader("invalid_variable_error")  # the answer had no such field: the model's doing
+    collect(a_collector(a_workshop(say("I21.9"), grader=answers))[0], num_items=4)
 
 
 def test_a_dead_engine_ends_the_step_and_cancels_the_rest() -> None:

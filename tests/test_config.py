@@ -73,3 +73,38 @@ def test_the_compute_multiplier_buys_rollouts(tmp_path: Path) -> None:
         load_config(path, [f"training.compute_multiplier={value}"]).rollouts_per_item for value in (0.01, 0.5, 1, 2.3)
     ]
     assert sizes == [2, 4, 8, 18]
+
+
+JUDGED = {"type": "score_model", "model": "gpt-4o", "input": [{"role": "user", "content": "{{ sample.output_text }}"}]}
+
+
+def test_a_judge_must_be_configured(tmp_path: Path) -> None:
+    tree = MINIMAL | {"grader": {"type": "multi", "graders": {"a": JUDGED}, "calculate_output": "a"}}
+    with pytest.raises(ConfigError, match=r"grader asks the model gpt-4o, and judges has no gpt-4o"):
+        load_config(written(tmp_path, tree))
+    config = load_config(written(tmp_path, tree | {"judges": {"gpt-4o": {"url": "http://127.0.0.1:8000/v1"}}}))
+    assert config.judges["gpt-4o"].url == "http://127.0.0.1:8000/v1"
+
+
+@pytest.mark.parametrize(
+    ("grader", "path"),
+    [
+        ({"type": "multi", "graders": {"a": {"type": "python", "source": ""}}, "calculate_output": "a"},
+         "grader.graders.a.source"),
+        ({**JUDGED, "range": [0, "high"]}, "grader.range.1"),
+        ({"type": "endpoint", "url": "nowhere"}, "grader.url"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_grader_has_its_path(tmp_path: Path, grader: dict[str, object], path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, MINIMAL | {"grader": grader}))
+    assert f"{path}: " in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, MINIMAL | {"shadow_graders": {"endpoint": grader}}))
+    assert path.replace("grader.", "shadow_graders.endpoint.", 1) + ": " in str(caught.value)
+
+
+def test_secrets_are_masked_in_what_is_written(tmp_path: Path) -> None:
+    grader = {"type": "endpoint", "url": "http://127.0.0.1:9/g", "headers": {"Authorization": "Bearer hidden"}}
+    config = load_config(written(tmp_path, MINIMAL | {"grader": grader}))
+    assert "hidden" not in str(config.model_dump(mode="json")) + repr(config)

@@ -256,7 +256,7 @@ def test_specs_are_the_contracts_json() -> None:
     check = {"type": "string_check", "name": "c", "input": "a", "reference": "b", "operation": "eq"}
     for tree, kind in [(python, PythonGrader), (check, StringCheckGrader)]:
         spec = adapter.validate_python(tree)
-        assert spec.model_dump() == tree
+        assert spec.model_dump(exclude={"cache"}) == tree
         assert isinstance(build_grader(spec), kind)
         with pytest.raises(ValidationError, match="extra"):
             adapter.validate_python({**tree, "unknown": 1})

@@ -17,13 +17,16 @@ import yaml
 from tiny import tiny_model_folder
 
 from rft.config import RunConfig, validate_config
-from rft.errors import DataError, UserError
+from rft.errors import DataError, GraderError, NoProgressError, UserError
 from rft.job import run_job
 from rft.store import RunStore
 from rft.trainers import checkpoint
 
 GRADER = "def grade(sample, item):\n    text = sample['output_text']\n    return text.count(item['letter']) / 8\n"
-TIMINGS = ("time/", "train/duration_s", "train/tool_latency_s", "seconds", "duration_s", "tool_latency_s")
+TIMINGS = (
+    *("time/", "train/duration_s", "train/tool_latency_s", "seconds", "duration_s", "tool_latency_s"),
+    *("grader/", "train/grader/"),  # latency, and what a resumed run finds in its cache
+)
 
 
 def a_tree(tmp_path: Path, **sections: Any) -> dict[str, Any]:
@@ -82,6 +85,26 @@ def test_the_policy_version_of_a_token_is_the_step_before(tmp_path: Path) -> Non
     run = run_job(a_config(tmp_path))
     for rollout in RunStore.open(run).rollouts(split="train"):
         assert {turn.policy_version for turn in rollout.turns} == {rollout.step - 1}
+
+
+def test_a_grader_that_always_fails_stops_the_run_with_its_traceback(tmp_path: Path) -> None:
+    source = "def grade(sample, item):\n    return item['gold'] == sample['output_text']\n"
+    config = a_config(tmp_path, grader={"type": "python", "source": source}, evaluation={"validation_items": 12})
+    with pytest.raises(NoProgressError, match=r"the grader failed on 9 rollouts of step 0(.|\n)*KeyError: 'gold'"):
+        run_job(config, run_id="broken")
+    store = RunStore.open(tmp_path / "runs" / "broken")
+    assert store.read_state()["status"] == "failed"
+    assert len(list(store.rollouts())) >= 9, "what was sampled is kept"
+
+
+def test_a_run_says_what_protects_its_graders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "import no_such_package\ndef grade(sample, item):\n    return 0.0\n"
+    with pytest.raises(GraderError, match="No module named 'no_such_package'"):
+        run_job(a_config(tmp_path, grader={"type": "python", "source": source}), run_id="early")
+    store = RunStore.open(run_job(a_config(tmp_path, training={"steps": 0})))
+    (event,) = [row for row in store.events() if "python graders run in a sandbox" in row["message"]]
+    assert "network: " in event["message"]
+    assert event["message"] in capsys.readouterr().out
 
 
 def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from rft.metrics import mean_ci95, rollout_metrics
-from rft.types import Grade, Group, Item, Message, Rollout, StopReason, ToolCall, ToolResult, Turn
+from rft.metrics import mean_ci95, rollout_metrics, shadow_divergence
+from rft.types import Grade, Group, Item, Message, Rollout, StopReason, TokenUsage, ToolCall, ToolResult, Turn
 
 
 def a_rollout(score: float, *, is_error: bool = False, item_id: str = "x") -> Rollout:
@@ -64,3 +64,55 @@ def test_measures_of_groups() -> None:
     assert row["tool_latency_s"] == pytest.approx(0.5)
     assert row["stop/answered"] == 1.0
     assert (row["num_items"], row["num_rollouts"], row["num_discarded"]) == (2, 3, 2)
+
+
+def test_graders_are_measured() -> None:
+    usage = {"judge": TokenUsage(prompt_tokens=10, completion_tokens=2)}
+    parts = {
+        "exact": Grade(score=1.0, is_cached=True),
+        "judge": Grade(score=0.5, usage=usage, spread=0.1, errors={"model_grader_parse_error": "no JSON"}),
+    }
+    good, bad = a_rollout(0.75), a_rollout(0.25)
+    assert good.grade and bad.grade
+    good.grade = good.grade.model_copy(update={"parts": parts, "latency_s": 2.0})
+    bad.grade = bad.grade.model_copy(
+        update={"parts": {"exact": Grade(score=0.0)}, "shadow": {}, "shadow_errors": {"code": "x"}}
+    )
+    row = rollout_metrics([a_group(good), a_group(bad)])
+    assert (row["part/exact"], row["part/judge"]) == (0.5, 0.5), "a part that is missing is left out of its mean"
+    assert row["shadow/code"] == pytest.approx(0.375)
+    assert row["grader/cache_hit_share"] == pytest.approx(1 / 3)
+    assert (row["grader/prompt_tokens"], row["grader/completion_tokens"]) == (10, 2)
+    assert row["grader/judge_spread"] == pytest.approx(0.1)
+    assert (row["grader_errors"], row["grader_error/model_grader_parse_error"], row["grader/shadow_errors"]) == (
+        1,
+        1,
+        1,
+    )
+
+
+def steps(grades: list[float], shadows: list[float], ci95: float = 0.02) -> list[dict[str, float]]:
+    return [
+        {"train/grade": grade, "train/grade_ci95": ci95, "train/shadow/code": shadow, "train/shadow/code_ci95": ci95}
+        for grade, shadow in zip(grades, shadows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grades", "shadows", "ci95", "warns"),
+    [
+        ([0.2] * 4 + [0.5] * 4, [0.4] * 4 + [0.1] * 4, 0.02, True),
+        ([0.2] * 4 + [0.5] * 4, [0.1] * 4 + [0.4] * 4, 0.02, False),  # both rise
+        ([0.5] * 4 + [0.2] * 4, [0.4] * 4 + [0.1] * 4, 0.02, False),  # both fall
+        ([0.2] * 4 + [0.5] * 4, [0.4] * 4 + [0.1] * 4, 0.5, False),  # within the noise
+        ([0.2] * 3 + [0.5] * 4, [0.4] * 3 + [0.1] * 4, 0.02, False),  # too few steps
+    ],
+)
+def test_a_grade_that_rises_while_its_shadow_falls(
+    grades: list[float], shadows: list[float], ci95: float, warns: bool
+) -> None:
+    warning = shadow_divergence(steps(grades, shadows, ci95))
+    assert (warning is not None) == warns
+    if warning:
+        assert "rose by 0.300" in warning
+        assert "code fell by 0.300" in warning

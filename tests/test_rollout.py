@@ -62,9 +62,17 @@ class RecordingGrader:
     def __init__(self, right: str = "I21", error: WorldError | None = None) -> None:
         self.right, self.error = right, error
         self.samples: list[dict[str, Any]] = []
+        self.trace_ids: list[str] = []
 
-    async def grade(self, item: Item, sample: dict[str, Any]) -> Grade:
+    async def start(self) -> list[str]:
+        return []
+
+    def seen(self, item: Item, sample: dict[str, Any]) -> Any:
+        return sample
+
+    async def grade(self, item: Item, sample: dict[str, Any], trace_id: str = "") -> Grade:
         self.samples.append(sample)
+        self.trace_ids.append(trace_id)
         if self.error:
             raise self.error
         return Grade(score=float(self.right in sample["output_text"]))
@@ -216,3 +224,17 @@ def test_shadow_graders_are_recorded_beside_the_grade() -> None:
     rollout = run(a_workshop(say("I21.9"), shadow_graders={"other": RecordingGrader(right="J45")}))
     assert rollout.grade is not None
     assert (rollout.grade.score, rollout.grade.shadow) == (1.0, {"other": 0.0})
+
+
+def test_a_failing_shadow_grader_costs_nothing() -> None:
+    shadows = {"broken": RecordingGrader(error=GraderError("down")), "other": RecordingGrader(right="J45")}
+    rollout = run(a_workshop(say("I21.9"), shadow_graders=shadows))
+    assert rollout.grade is not None
+    assert (rollout.grade.score, rollout.grade.shadow) == (1.0, {"other": 0.0})
+    assert rollout.grade.shadow_errors == {"broken": "down"}
+
+
+def test_graders_get_the_rollouts_id() -> None:
+    grader = RecordingGrader()
+    rollout = run(a_workshop(say("I21.9"), grader=grader))
+    assert grader.trace_ids == [rollout.id]

@@ -22,7 +22,7 @@ from rft.data import items_for_step
 from rft.engines import Engine
 from rft.errors import NumericsError
 from rft.evaluate import evaluate
-from rft.metrics import Clock, evaluation_line, rollout_metrics, step_line
+from rft.metrics import Clock, evaluation_line, rollout_metrics, shadow_divergence, step_line
 from rft.progress import Display
 from rft.store import RunStore
 from rft.trainers import checkpoint
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
 _PROBE_SEQUENCES = 2
+_DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
 
 
 @dataclass(slots=True)
@@ -218,6 +219,12 @@ def _record(
     leader.store.append_metrics(row)
     leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
     leader.display.line(step_line(row, config.training.steps))
+    if step % _DIVERGENCE_EVERY == 0:
+        training = [row for row in leader.store.metrics() if row.get("kind") == "training"]
+        warning = shadow_divergence(training, _DIVERGENCE_EVERY)
+        if warning:
+            leader.store.append_event("warn", warning)
+            leader.display.line(f"warning: {warning}")
 
 
 def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:

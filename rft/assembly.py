@@ -1,0 +1,119 @@
+"""What a run samples with: tools, graders, judges, engine. Built and checked first, started when all checks passed.
+
+Whatever was built or started is on the stack that the caller closes, in the reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rft.config import RunConfig
+from rft.engines import Engine, build_engine
+from rft.envs import Environment, build_environment
+from rft.envs.http import HttpEnvironment
+from rft.envs.serve import ToolServer
+from rft.graders import Grader, GraderTools, build_grader
+from rft.graders.cache import GradeCache
+from rft.graders.judge import Judges
+from rft.store import RunStore
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from rft.trainers.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run samples with."""
+
+    engine: Engine
+    environment: Environment | None
+    grader: Grader
+    shadow_graders: dict[str, Grader]
+    judges: Judges
+
+
+async def build_parts(
+    config: RunConfig, store: RunStore, stack: AsyncExitStack, on_note: Callable[[str], None]
+) -> Parts:
+    """Everything but the heavy: tools and grading endpoints are reached, python graders loaded, nothing is sampled.
+
+    on_note: gets what a person should read about the graders, once each.
+    """
+    environment = await _build_environment(config, stack)
+    judges = Judges(config.judges)
+    stack.push_async_callback(judges.close)
+    cache = GradeCache(store.grade_cache)
+    stack.callback(cache.close)
+    tools = GraderTools(judges, cache)
+    specs = {"grader": config.grader, **{f"shadow grader {name}": s for name, s in config.shadow_graders.items()}}
+    graders = {name: build_grader(spec, tools) for name, spec in specs.items()}
+    notes: dict[str, None] = {}
+    for grader in graders.values():
+        stack.push_async_callback(grader.close)
+        notes |= dict.fromkeys(await grader.start())
+    for note in notes:
+        on_note(note)
+    engine = build_engine(config, store.engine_log)
+    stack.push_async_callback(engine.close)
+    main = graders.pop("grader")
+    shadows = dict(zip(config.shadow_graders, graders.values(), strict=True))
+    return Parts(engine, environment, main, shadows, judges)
+
+
+async def _build_environment(config: RunConfig, stack: AsyncExitStack) -> Environment | None:
+    if config.environment is None:
+        return None
+    environment = build_environment(config.environment)
+    stack.push_async_callback(environment.close)
+    if isinstance(environment, HttpEnvironment) and environment.config.serve:
+        environment.base_url = stack.enter_context(ToolServer(environment.config.serve)).base_url
+    await environment.check()
+    return environment
+
+
+async def start_parts(
+    config: RunConfig, parts: Parts, store: RunStore, stack: AsyncExitStack, on_status: Callable[[str], None]
+) -> tuple[Accelerator, Policy]:
+    """Start the engine while the policy loads, then the judges: both take long, neither needs the other.
+
+    An in-process engine goes first: transformers cannot load two models in two threads of one process.
+    """
+    parts.engine.on_status = on_status
+    if config.engine.type == "transformers":
+        await parts.engine.start()
+        loaded = await asyncio.to_thread(load_policy, config)
+    else:
+        loading = asyncio.create_task(asyncio.to_thread(load_policy, config))
+        await parts.engine.start()
+        loaded = await loading
+    await _start_judges(config, parts, store, stack, on_status)
+    return loaded
+
+
+async def _start_judges(
+    config: RunConfig, parts: Parts, store: RunStore, stack: AsyncExitStack, on_status: Callable[[str], None]
+) -> None:
+    """Every judge answers one small question before anything is sampled."""
+    from rft.engines.judge import place_in_engine, start_judge
+
+    for judge in parts.judges:
+        if judge.config.path is not None:
+            judge.place = place_in_engine(config, judge.config, parts.engine)
+            if judge.place is None:
+                server = await start_judge(judge, store.judge_log(judge.name), on_status)
+                stack.push_async_callback(server.close)
+        on_status(f"asking the judge {judge.name}")
+        await judge.check()
+
+
+def load_policy(config: RunConfig) -> tuple[Accelerator, Policy]:
+    from rft.trainers.policy import Policy, build_accelerator
+
+    accelerator = build_accelerator(config.seed)
+    return accelerator, Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)
