@@ -17,7 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from rft.envs.tasks import load_task
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
-from rft.wire import MAX_BODY_BYTES, Reply, RetryPolicy, WireError, client, connection_problem, post_json, safe_url
+from rft.wire import (
+    MAX_BODY_BYTES,
+    Reply,
+    RetryPolicy,
+    WireError,
+    client,
+    connection_problem,
+    post_json,
+    rate_limiter,
+    safe_url,
+)
 
 _MAX_CONNECTIONS = 256
 
@@ -32,6 +42,7 @@ class HttpToolConfig(BaseModel):
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     timeout_s: float = Field(default=600.0, gt=0, description="per attempt")
     max_attempts: int = Field(default=4, ge=1, description="the first and its retries")
+    rate_limit: float | None = Field(default=None, gt=0, description="requests per second, retries included")
 
     @field_validator("headers")
     @classmethod
@@ -86,6 +97,7 @@ class HttpEnvironment:
         tools = config.tools or _tools_of(config.serve or "")
         self._tools = {tool.name: tool for tool in tools}
         self.tool_names = frozenset(self._tools)
+        self._rates = {tool.name: rate_limiter(tool.rate_limit) for tool in tools}
         # callers wait here, without a running deadline, rather than in the pool, where waiting costs time and CPU
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._http = client(timeout_s=max(tool.timeout_s for tool in tools), max_connections=_MAX_CONNECTIONS)
@@ -117,6 +129,7 @@ class HttpEnvironment:
                     timeout_s=tool.timeout_s,
                     retry=retry,
                     problem_of=_problem_of,
+                    before_attempt=self._rates[tool.name],
                 )
         except WireError as error:
             raise ToolError(f"tool {tool.name}: {error.problem}") from None

@@ -11,18 +11,26 @@ import math
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from aiolimiter import AsyncLimiter
 from pydantic import Field, SecretStr, field_validator
 
 from rft.errors import GraderError
 from rft.graders.base import BaseGrader, Spec
 from rft.types import Grade, Item
-from rft.wire import MAX_BODY_BYTES, Reply, RetryPolicy, WireError, client, connection_problem, post_json, safe_url
+from rft.wire import (
+    MAX_BODY_BYTES,
+    Reply,
+    RetryPolicy,
+    WireError,
+    client,
+    connection_problem,
+    post_json,
+    rate_limiter,
+    safe_url,
+)
 
 SERVER_ERROR = "endpoint_grader_server_error"
 INTERNAL_ERROR = "endpoint_grader_internal_error"
 _MAX_CONNECTIONS = 64
-_BURST_S = 0.1  # of calls that may leave at once: a rate of 50 a second lets 5 go together
 
 
 class EndpointSpec(Spec):
@@ -54,8 +62,7 @@ class EndpointGrader(BaseGrader):
     def __init__(self, spec: EndpointSpec, retry: RetryPolicy | None = None) -> None:
         self.spec, self._retry = spec, retry or RetryPolicy()
         self._http = client(timeout_s=spec.timeout_s, max_connections=_MAX_CONNECTIONS)
-        burst = max(1.0, (spec.rate_limit or 0.0) * _BURST_S)
-        self._rate = AsyncLimiter(burst, burst / spec.rate_limit) if spec.rate_limit else None
+        self._rate = rate_limiter(spec.rate_limit)
 
     async def start(self) -> list[str]:
         """Raises GraderError when nothing listens at the URL."""
@@ -82,7 +89,7 @@ class EndpointGrader(BaseGrader):
                 timeout_s=self.spec.timeout_s,
                 retry=self._retry,
                 problem_of=_problem,
-                before_attempt=self._rate.acquire if self._rate else None,
+                before_attempt=self._rate,
             )
         except WireError as error:
             cure = f"check that {safe_url(self.spec.url)} is up"

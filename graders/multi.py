@@ -7,7 +7,7 @@ import keyword
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from rft.errors import GraderError, first_cause
 from rft.graders.base import BaseGrader, Grader, Spec
@@ -40,10 +40,12 @@ class MultiSpec(Spec):
                 raise ValueError(f"{key!r} cannot be a name in a formula; use letters, digits and _")
         return graders
 
-    @model_validator(mode="after")
-    def _formula_is_sound(self) -> MultiSpec:
-        Formula(self.calculate_output, frozenset(self.graders))  # a FormulaError is a ValueError
-        return self
+    @field_validator("calculate_output")
+    @classmethod
+    def _formula_is_sound(cls, text: str, info: ValidationInfo) -> str:
+        if "graders" in info.data:  # else they are what is wrong
+            Formula(text, frozenset(info.data["graders"]))  # a FormulaError is a ValueError
+        return text
 
 
 class MultiGrader(BaseGrader):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rft.errors import ConfigError, UserError
 from rft.graders import Grader, GraderTools, build_grader
@@ -72,7 +73,8 @@ def test(
         for result in results:
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in result.means.items())
             spreads = ", ".join(f"{name} {spread:.3f}" for name, spread in result.spreads.items())
-            table.add_row(str(result.line), "ok" if result.passed else f"FAILED: {result.problem}", means, spreads)
+            verdict = "ok" if result.passed else f"FAILED: {result.problem}"
+            table.add_row(*map(Text, (str(result.line), verdict, means, spreads)))
         _print(table)
     failed = [str(result.line) for result in results if not result.passed]
     if failed:
@@ -101,7 +103,7 @@ def probe(
         table = Table("worthless answer", "mean", "highest", f"share above {limit:g}", "worst item", "errors")
         for r in results:
             values = (f"{r.mean:.3f}", f"{r.highest:.3f}", f"{r.too_high:.2f}", r.worst_item, str(r.num_errors))
-            table.add_row(r.probe, *values)
+            table.add_row(*map(Text, (r.probe, *values)))
         _print(table)
     failed = [result.probe for result in results if result.too_high]
     if failed:
@@ -191,7 +193,7 @@ def _judge(text: str) -> tuple[str, JudgeConfig]:
 
 
 def _print(table: Table) -> None:
-    Console(highlight=False, soft_wrap=not os.isatty(1)).print(table, markup=False)
+    Console(highlight=False, soft_wrap=not os.isatty(1)).print(table)
 
 
 def _end(problem: str) -> None:

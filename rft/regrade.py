@@ -64,7 +64,7 @@ async def regrade(
                 on_grade()
 
     grades = await asyncio.gather(*(again(rollout) for rollout in rollouts))
-    path = _write(store.path / "regrades" / f"{name}.jsonl", rollouts, grades)
+    path = _write(store.regrades(name), rollouts, grades)
     return _compare(rollouts, grades, path)
 
 

@@ -88,8 +88,12 @@ class RunStore:
         return self.path / "grades.sqlite"
 
     def judge_log(self, name: str) -> Path:
-        """Of a judge the run serves; its name may hold anything, the file's only what every disk accepts."""
-        return self.path / ("judge-" + re.sub(r"[^A-Za-z0-9._-]", "_", name) + ".log")
+        """Of a judge the run serves."""
+        return self.path / f"judge-{_file_name(name)}.log"
+
+    def regrades(self, name: str) -> Path:
+        """The grades of the run's rollouts by another grader."""
+        return self.path / "regrades" / f"{_file_name(name)}.jsonl"
 
     @property
     def weights(self) -> Path:
@@ -305,6 +309,11 @@ def _rollout(row: dict[str, Any], path: Path) -> Rollout:
     except ValidationError as error:
         problem = f"{path}: rollout {row.get('id')} is not what this version of rft writes: {error}"
         raise StorageError(problem, cure="read the run with the version of rft that wrote it") from None
+
+
+def _file_name(name: str) -> str:
+    """A name that may hold anything, with only what every disk accepts."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
 
 def _step_of(path: Path) -> int:

@@ -19,12 +19,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from aiolimiter import AsyncLimiter
 
 from rft.errors import WorldError
 
 MAX_BODY_BYTES = 1_000_000
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_IDLE_CONNECTIONS = 8  # the pool polls every idle connection for every request: 256 idle cost 14 ms a request
+
+_BURST_S = 0.1
 
 
 class WireError(WorldError):
@@ -85,6 +88,17 @@ def client(*, timeout_s: float, max_connections: int, socket: Path | None = None
     return httpx.AsyncClient(
         timeout=timeout, limits=limits, transport=transport, follow_redirects=False, trust_env=False
     )
+
+
+def rate_limiter(rate_limit: float | None) -> Callable[[], Awaitable[None]] | None:
+    """What to await before a request so that no more than `rate_limit` leave per second; None without a limit.
+
+    A leaky bucket: a tenth of a second's requests may leave together, at least one.
+    """
+    if rate_limit is None:
+        return None
+    burst = max(1.0, rate_limit * _BURST_S)
+    return AsyncLimiter(burst, burst / rate_limit).acquire
 
 
 async def post_json(

@@ -247,6 +247,30 @@ def _module_level(sample: Any, item: Any) -> Any:
     return half(math.floor(3.2))  # type: ignore[name-defined] # noqa: F821
 
 
+HOSTED_PACKAGES = [
+    *(
+        "numpy",
+        "scipy.stats",
+        "sympy",
+        "pandas",
+        "rapidfuzz",
+        "sklearn.metrics",
+        "rouge_score",
+        "deepdiff",
+        "jsonschema",
+    ),
+    *("pydantic", "yaml", "nltk", "sqlparse", "rdkit.Chem", "skbio", "ast_grep_py"),
+]
+
+
+@pytest.mark.slow  # pandas, scikit-learn and rdkit take seconds to load
+def test_python_graders_may_import_what_hosted_ones_may() -> None:
+    """All at once, within the memory limit."""
+    source = "".join(f"import {name}\n" for name in HOSTED_PACKAGES) + "def grade(sample, item):\n    return 1.0\n"
+    grade = python_grade(source, wall_s=90.0)
+    assert (grade.score, grade.errors) == (1.0, {})
+
+
 # --- specs -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import rft.sandbox as sandbox_package
 from rft.sandbox import CodeError, Sandbox, SandboxError
 from rft.sandbox.worker import POLL_S
 
@@ -375,6 +379,51 @@ def test_the_parent_cannot_be_killed_traced_or_seen() -> None:
     assert "PermissionError" in outcome["memory"]
     assert "PermissionError" in outcome["environment"]
     assert outcome["pids"] == "1 2"
+
+
+ORDINARY_USER = """
+import json, os, socket, struct, subprocess, sys
+ours, theirs = socket.socketpair()
+worker = subprocess.Popen([sys.executable, "-I", "worker.py", str(theirs.fileno()), str(os.getpid())],
+                          cwd=sys.argv[1], pass_fds=[theirs.fileno()])
+theirs.close()
+def send(value):
+    data = json.dumps(value).encode()
+    ours.sendall(struct.pack("!I", len(data)) + data)
+def receive():
+    (size,) = struct.unpack("!I", ours.recv(4, socket.MSG_WAITALL))
+    return json.loads(ours.recv(size, socket.MSG_WAITALL))
+look = "[os.getuid(), os.path.exists(path), sorted(os.listdir('/proc'))[:2]]"
+source = "import os\\ndef grade(path):\\n    return " + look
+limits = {"wall_s": 10.0, "cpu_s": 21, "memory_bytes": 1 << 28, "disk_bytes": 1 << 24}
+send({"source": source, "function": "grade", **limits})
+print(json.dumps([receive()["protection"], receive(), (send({"id": 1, "args": [sys.argv[1]]}), receive())[1]["value"]]))
+worker.kill()
+"""
+
+
+def test_an_ordinary_user_is_protected_as_well(tmp_path: Path) -> None:
+    """In a user namespace, without any right of root's."""
+    setpriv, python = shutil.which("setpriv"), "/usr/bin/python3"
+    if os.geteuid() != 0 or setpriv is None or not os.path.exists(python):
+        pytest.skip("needs root, setpriv and a system Python to become another user")
+    folder = tempfile.mkdtemp(dir="/tmp")
+    try:
+        for name in ("worker.py", "isolation.py", "scratch.py"):
+            shutil.copy(Path(sandbox_package.__file__).parent / name, folder)
+        os.chmod(folder, 0o777)
+        user = [setpriv, "--reuid", "1234", "--regid", "1234", "--clear-groups"]
+        command = [*user, python, "-c", ORDINARY_USER, folder]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if "NOT isolated" in result.stdout:
+            pytest.skip("this kernel refuses user namespaces to ordinary users")
+        protection, loaded, value = json.loads(result.stdout)
+    finally:
+        shutil.rmtree(folder)
+    assert "network: none" in protection, result.stderr
+    assert "own tree, nothing of the user's in it" in protection
+    assert loaded == {"loaded": True}
+    assert value == [1234, False, ["1", "2"]]
 
 
 def test_capabilities_and_ways_to_more_are_gone() -> None:
