@@ -7,15 +7,17 @@ rollout, discarded ones included, went to `on_rollout` once; when too many are d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rft.budget import StepBudget
 from rft.errors import NoProgressError, first_cause
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.types import Group, Item, Rollout, Split, rollout_id, rollout_seed
 
 _MIN_COUNTED = 8  # below this many a share says nothing
 _NUM_EXAMPLES = 3
+_ATTEMPTS_PER_ROUND = 1_000_000  # so that attempts of different rounds have different numbers
 
 
 @dataclass(slots=True)
@@ -74,8 +76,7 @@ class Collector:
         `max_failed_grade_share` of the grades failed, and EngineError when the engine is gone; all other rollouts are
         cancelled first.
         """
-        limits, size = self.workshop.limits, len(items) * rollouts_per_item
-        tally = _Tally(limits.max_discarded_share * size, limits.max_failed_grade_share * size)
+        tally = self._tally(len(items) * rollouts_per_item)
         try:
             async with asyncio.TaskGroup() as tasks:
                 groups = [tasks.create_task(self._group(item, split, step, rollouts_per_item, tally)) for item in items]
@@ -83,9 +84,62 @@ class Collector:
             raise first_cause(failures) from None
         return [group.result() for group in groups]
 
-    async def _group(self, item: Item, split: Split, step: int, size: int, tally: _Tally) -> Group:
+    async def collect_adaptive(
+        self, items: Sequence[Item], further: Iterator[Item], step: int, budget: StepBudget
+    ) -> list[Group]:
+        """Training groups within `budget` (rft/budget.py): of `items`, then of the `further` ones that were tried.
+
+        Groups whose grades do not vary have only their first round. Raises as `collect` does.
+        """
+        tally = self._tally(budget.total)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                groups = await self._first_rounds(items, further, step, budget, tally, tasks)
+                varied = [index for index, group in enumerate(groups) if group.has_signal]
+                seconds = {
+                    index: tasks.create_task(self._group(groups[index].item, "train", step, size, tally, round_index=1))
+                    for index, size in zip(varied, budget.split_rest(len(varied)), strict=True)
+                    if size > 0
+                }
+        except BaseExceptionGroup as failures:
+            raise first_cause(failures) from None
+        return [_joined(group, seconds[i].result()) if i in seconds else group for i, group in enumerate(groups)]
+
+    async def _first_rounds(
+        self,
+        items: Sequence[Item],
+        further: Iterator[Item],
+        step: int,
+        budget: StepBudget,
+        tally: _Tally,
+        tasks: asyncio.TaskGroup,
+    ) -> list[Group]:
+        """First rounds of `items`, and of a further item for each one that turns out not to vary."""
+        started = [
+            tasks.create_task(self._group(item, "train", step, budget.first, tally))
+            for item in items
+            if budget.take_first()
+        ]
+        pending = set(started)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                item = None if task.result().has_signal else next(further, None)
+                if item is not None and budget.take_first():
+                    started.append(tasks.create_task(self._group(item, "train", step, budget.first, tally)))
+                    pending.add(started[-1])
+        return [task.result() for task in started]
+
+    def _tally(self, num_rollouts: int) -> _Tally:
+        limits = self.workshop.limits
+        return _Tally(limits.max_discarded_share * num_rollouts, limits.max_failed_grade_share * num_rollouts)
+
+    async def _group(
+        self, item: Item, split: Split, step: int, size: int, tally: _Tally, round_index: int = 0
+    ) -> Group:
+        first = round_index * _ATTEMPTS_PER_ROUND
         async with asyncio.TaskGroup() as tasks:
-            slots = [tasks.create_task(self._slot(item, split, step, index, size, tally)) for index in range(size)]
+            slots = [tasks.create_task(self._slot(item, split, step, first + i, size, tally)) for i in range(size)]
         results = [slot.result() for slot in slots]
         return Group(item, step, [rollout for rollout, _ in results], sum(discarded for _, discarded in results))
 
@@ -114,3 +168,14 @@ class Collector:
             rollout = await run_rollout(attempt, self.workshop)
         self.on_rollout(rollout)
         return rollout
+
+
+def _joined(first: Group, second: Group) -> Group:
+    """Two rounds of one item as one group."""
+    return Group(
+        first.item,
+        first.step,
+        first.rollouts + second.rollouts,
+        first.num_discarded + second.num_discarded,
+        (len(first.rollouts), len(second.rollouts)),
+    )

@@ -98,6 +98,8 @@ class TrainingConfig(Config):
     items_per_step: int = Field(8, ge=1)
     base_rollouts: int = Field(8, ge=2)
     compute_multiplier: float = Field(1.0, gt=0.00001, le=10)
+    allocation: Literal["uniform", "adaptive"] = "uniform"  # adaptive: the same rollouts, where grades vary
+    first_rollouts: int = Field(4, ge=2, description="adaptive: what an item gets before its grades are looked at")
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
@@ -143,11 +145,6 @@ class RunConfig(Config):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @property
-    def rollouts_per_item(self) -> int:
-        """What the compute multiplier buys: `max(2, round(base_rollouts x compute_multiplier))`."""
-        return max(2, round(self.training.base_rollouts * self.training.compute_multiplier))
-
     @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:
         graders = {"grader": self.grader, **{f"shadow_graders.{k}": v for k, v in self.shadow_graders.items()}}
@@ -158,6 +155,18 @@ class RunConfig(Config):
                         f"{path} asks the model {model}, and judges has no {model}; add judges: "
                         f"{{{model}: {{url: https://host/v1}}}}, or {{{model}: {{path: a model folder}}}}"
                     )
+        return self
+
+    @property
+    def rollouts_per_item(self) -> int:
+        """What the compute multiplier buys: `max(2, round(base_rollouts x compute_multiplier))`."""
+        return max(2, round(self.training.base_rollouts * self.training.compute_multiplier))
+
+    @model_validator(mode="after")
+    def _first_round_fits(self) -> RunConfig:
+        first, size = self.training.first_rollouts, self.rollouts_per_item
+        if self.training.allocation == "adaptive" and first > size:
+            raise ValueError(f"training.first_rollouts is {first}, more than the {size} rollouts an item gets")
         return self
 
     @model_validator(mode="after")

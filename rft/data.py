@@ -73,6 +73,14 @@ def items_for_step(items: list[Item], step: int, items_per_step: int, seed: int)
     return chosen
 
 
+def further_items(items: list[Item], taken: list[Item], step: int, seed: int) -> Iterator[Item]:
+    """Items beyond those `taken` by 0-based `step`, each once, in an order seeded by the step."""
+    held = {item.id for item in taken}
+    others = [item for item in items if item.id not in held]
+    random.Random(f"{seed}:further:{step}").shuffle(others)
+    yield from others
+
+
 def overlap(first: list[Item], second: list[Item]) -> int:
     """How many items of `second` have the same messages as some item of `first`: worth a warning when not 0."""
     known = {_messages_key(item) for item in first}

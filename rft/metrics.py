@@ -71,6 +71,19 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How many groups teach something, and what one of them cost in sampled tokens (0 when there is none)."""
+    num_useful = sum(group.has_signal for group in groups)
+    num_tokens = sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts)
+    return {
+        "groups/total": len(groups),
+        "groups/no_signal": len(groups) - num_useful,
+        "groups/tokens_per_useful": num_tokens / num_useful if num_useful else 0.0,
+        "budget/rollouts": sum(len(group.rollouts) for group in groups),
+        "budget/sampled_tokens": num_tokens,
+    }
+
+
 def _grader_metrics(grades: Sequence[Grade]) -> dict[str, float]:
     """Errors per flag, seconds and judge tokens per rollout, the share of grades that came from the cache."""
     leaves = [leaf for grade in grades for leaf in grade.leaves]

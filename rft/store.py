@@ -172,6 +172,11 @@ class RunStore:
     def metrics(self) -> Iterator[dict[str, Any]]:
         return _rows(self.path / "metrics.jsonl")
 
+    def has_evaluation(self, split: Split, step: int) -> bool:
+        """True when the metrics hold the evaluation of a split at a step."""
+        rows = (row for row in self.metrics() if row.get("kind") == "evaluation")
+        return any(row["split"] == split and row["step"] == step for row in rows)
+
     def events(self) -> Iterator[dict[str, Any]]:
         return _rows(self.path / "events.jsonl")
 

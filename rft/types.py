@@ -283,6 +283,7 @@ class Group:
     step: int
     rollouts: list[Rollout]
     num_discarded: int = 0
+    round_sizes: tuple[int, ...] = ()  # in what rounds they were asked for; empty: all in one
 
     @property
     def scores(self) -> list[float]:

@@ -16,13 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from rft.budget import StepBudget
 from rft.collect import Collector
 from rft.config import RunConfig
-from rft.data import items_for_step
+from rft.data import further_items, items_for_step
 from rft.engines import Engine
 from rft.errors import NumericsError
 from rft.evaluate import evaluate
-from rft.metrics import Clock, evaluation_line, rollout_metrics, shadow_divergence, step_line
+from rft.metrics import Clock, evaluation_line, group_metrics, rollout_metrics, shadow_divergence, step_line
 from rft.progress import Display
 from rft.store import RunStore
 from rft.trainers import checkpoint
@@ -51,6 +52,11 @@ class Leader:
     display: Display
     items: dict[Split, list[Item]]
     first_prompt: Callable[[Item], list[int]]
+
+    def warn(self, text: str | None) -> None:
+        if text:
+            self.store.append_event("warn", text)
+            self.display.line(f"warning: {text}")
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run(work)
@@ -125,7 +131,11 @@ def _sample(config: RunConfig, leader: Leader, step: int) -> list[Group]:
     total = len(items) * config.rollouts_per_item
     with leader.display.phase(f"step {step}: sampling", total, keep=False) as phase:
         leader.collector.on_rollout = _observer(leader.store, phase.advance)
-        return leader.wait(leader.collector.collect(items, "train", step, config.rollouts_per_item))
+        if config.training.allocation == "uniform":
+            return leader.wait(leader.collector.collect(items, "train", step, config.rollouts_per_item))
+        budget = StepBudget(total, config.training.first_rollouts)
+        further = further_items(leader.items["train"], items, step - 1, config.seed)
+        return leader.wait(leader.collector.collect_adaptive(items, further, step, budget))
 
 
 def _observer(store: RunStore, advance: Callable[[], None]) -> Callable[[Rollout], None]:
@@ -141,7 +151,8 @@ def _window(config: RunConfig, policy: Policy, groups: list[Group], num_ranks: i
     """One window per rank. Groups with equal grades are dropped here: their advantages are zero."""
     useful = [group for group in groups if group.has_signal]
     scale = config.training.advantage_scale
-    micro_batches = policy.micro_batches(useful, [advantages(torch.tensor(group.scores), scale) for group in useful])
+    found = [advantages(torch.tensor(group.scores), scale, group.round_sizes) for group in useful]
+    micro_batches = policy.micro_batches(useful, found)
     num_tokens = count_tokens(micro_batches)
     return [Window(share, num_tokens) for share in split_over_ranks(micro_batches, num_ranks)]
 
@@ -150,9 +161,8 @@ def _share(windows: list[Window], accelerator: Accelerator) -> Window:
     """Rank 0's windows to all ranks; each takes its own."""
     if accelerator.num_processes == 1:
         return windows[0]
-    shared: list[Window] = broadcast_object_list(windows, from_process=0)
-    index: int = accelerator.process_index
-    return shared[index]
+    own: Window = broadcast_object_list(windows, from_process=0)[accelerator.process_index]
+    return own
 
 
 def _update(policy: Policy, window: Window, leader: Leader | None, step: int) -> StepStats | None:
@@ -210,21 +220,15 @@ def _record(
     probe: ProbeResult,
     clock: Clock,
 ) -> None:
-    row: dict[str, Any] = {"step": step, "kind": "training"}
+    row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
     row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
-    row |= {"groups/total": len(groups), "groups/no_signal": sum(not group.has_signal for group in groups)}
-    row |= update
     row |= {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
-    row |= clock.metrics()
     leader.store.append_metrics(row)
     leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
     leader.display.line(step_line(row, config.training.steps))
     if step % _DIVERGENCE_EVERY == 0:
         training = [row for row in leader.store.metrics() if row.get("kind") == "training"]
-        warning = shadow_divergence(training, _DIVERGENCE_EVERY)
-        if warning:
-            leader.store.append_event("warn", warning)
-            leader.display.line(f"warning: {warning}")
+        leader.warn(shadow_divergence(training, _DIVERGENCE_EVERY))
 
 
 def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
@@ -236,11 +240,7 @@ def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
 def _evaluate(config: RunConfig, leader: Leader, split: Split, step: int) -> None:
     """Evaluate a split once per version; a row that a resumed run already has is not made again."""
     items = leader.items.get(split)
-    done = any(
-        row.get("kind") == "evaluation" and row["split"] == split and row["step"] == step
-        for row in leader.store.metrics()
-    )
-    if not items or done:
+    if not items or leader.store.has_evaluation(split, step):
         return
     rollouts_per_item = config.evaluation.rollouts_per_item
     with leader.display.phase(f"step {step}: evaluating {split}", len(items) * rollouts_per_item, keep=False) as phase:

@@ -7,6 +7,7 @@ All log-probabilities are natural logs at the sampling temperature over the full
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -27,14 +28,18 @@ class LossStats:
     max_gap: float
 
 
-def advantages(scores: Tensor, scale: Literal["none", "group"]) -> Tensor:
+def advantages(scores: Tensor, scale: Literal["none", "group"], round_sizes: tuple[int, ...] = ()) -> Tensor:
     """A_i = r_i - mean(r); with "group" divided by (std(r) + 1e-4), std with n - 1, as TRL's `scale_rewards`.
 
     scores: [n] float32, the grades of one group -> [n] float32. Equal grades give exactly zero.
+    round_sizes: where the group was sampled in rounds, each decided on by the ones before, the mean is over the
+    rollouts up to and with a rollout's own round (rft/budget.py says why); empty is one round.
     """
     if bool((scores == scores[0]).all()):  # the mean of equal floats need not be that float
         return torch.zeros_like(scores)
-    centred = scores - scores.mean()
+    sizes = round_sizes or (scores.numel(),)
+    ends = list(accumulate(sizes))
+    centred = torch.cat([scores[end - size : end] - scores[:end].mean() for size, end in zip(sizes, ends, strict=True)])
     return centred / (scores.std() + _STD_EPSILON) if scale == "group" else centred
 
 
