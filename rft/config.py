@@ -78,8 +78,14 @@ class DataConfig(Config):
 class RolloutConfig(Config):
     """The limits of one rollout. A limit ends it with its stop reason; what it said until then is graded."""
 
-    max_turns: int = Field(8, ge=1)
+    max_turns: int = Field(8, ge=1, description="sampled messages")
+    max_episode_steps: int | None = Field(None, ge=1, description="sampled messages and tool calls together")
     max_tokens_per_turn: int = Field(512, ge=1)
+    max_tokens_per_rollout: int | None = Field(None, ge=1, description="sampled ones, over all turns")
+    last_turn_message: str = Field("", description="added to the tools' answers before the last turn that is allowed")
+    truncated_grade: float | None = Field(
+        None, allow_inf_nan=False, description="of a rollout that met a limit; null: what the grader says of it"
+    )
     time_limit_s: float = Field(600.0, gt=0)
     temperature: float = Field(0.8, gt=0, le=2)
     max_concurrent: int = Field(64, ge=1, description="rollouts in flight")

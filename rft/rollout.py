@@ -114,9 +114,15 @@ async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Convers
                 return StopReason.MAX_TOKENS
             if not turn.message.tool_calls:
                 return StopReason.ANSWERED
-            if index + 1 == workshop.limits.max_turns:
+            turns_left = _turns_left(conversation, workshop.limits)
+            if turns_left == 0:
                 return StopReason.MAX_TURNS
             turn.results = await _call_tools(session, turn.message.tool_calls)
+            if turns_left == 1 and workshop.limits.last_turn_message:
+                last = turn.results[-1]
+                turn.results[-1] = last.model_copy(
+                    update={"output": f"{last.output}\n\n{workshop.limits.last_turn_message}"}
+                )
             conversation.messages += [tool_message(result) for result in turn.results]
             continuation = workshop.chat.continuation(attempt.item, conversation.messages, turn.output_ids)
             next_ids, is_fork = continuation.ids, continuation.is_fork
@@ -126,12 +132,24 @@ async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Convers
             await session.close()
 
 
+def _turns_left(conversation: _Conversation, limits: RolloutConfig) -> int:
+    """How many turns may follow the last one when its tool calls are executed."""
+    left = limits.max_turns - len(conversation.turns)
+    if limits.max_episode_steps is not None:
+        steps = sum(1 + len(turn.message.tool_calls) for turn in conversation.turns)
+        left = min(left, max(0, limits.max_episode_steps - steps))
+    return left
+
+
 async def _sample_turn(
     attempt: Attempt, workshop: Workshop, conversation: _Conversation, ids: list[int], is_fork: bool, index: int
 ) -> Turn | None:
-    """Sample one turn and append it; None when the context leaves no room for a token."""
+    """Sample one turn and append it; None when the context, or the rollout's tokens, leave no room for one."""
     prompt = ids if is_fork else conversation.context + ids
     max_tokens = min(workshop.limits.max_tokens_per_turn, workshop.max_model_len - len(prompt))
+    if workshop.limits.max_tokens_per_rollout is not None:
+        num_sampled = sum(len(turn.output_ids) for turn in conversation.turns)
+        max_tokens = min(max_tokens, workshop.limits.max_tokens_per_rollout - num_sampled)
     if max_tokens < 1:
         return None
     params = SamplingParams(
@@ -181,7 +199,10 @@ async def _grade(
 ) -> Grade:
     """The grade, with the shadow graders' scores beside it."""
     sample = sample_of(_record(attempt, conversation, stop_reason, started_at))
-    grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
+    if stop_reason.is_truncated and workshop.limits.truncated_grade is not None:
+        grade = Grade(score=workshop.limits.truncated_grade)
+    else:
+        grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
     shadows = (_shadow(name, grader, grade, attempt, sample) for name, grader in workshop.shadow_graders.items())
     await asyncio.gather(*shadows)
     return grade

@@ -109,6 +109,11 @@ class StopReason(StrEnum):
         """True for the world's failures: such a rollout has no grade and is replaced by another attempt."""
         return self in _DISCARDED
 
+    @property
+    def is_truncated(self) -> bool:
+        """True when a limit ended the rollout."""
+        return self in (StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.TIME_LIMIT)
+
 
 _DISCARDED = {
     StopReason.TOOL_FAILED,

@@ -159,7 +159,13 @@ def test_calls_of_one_turn_run_at_once() -> None:
     ("script", "limits", "reason"),
     [
         (say(CALL, CALL, CALL), {"max_turns": 2}, StopReason.MAX_TURNS),
+        (
+            say(CALL, CALL, CALL),
+            {"max_episode_steps": 4},
+            StopReason.MAX_TURNS,
+        ),  # turn, call, turn; its call is the fifth
         (say("word " * 40), {"max_tokens_per_turn": 20}, StopReason.MAX_TOKENS),
+        (say("word " * 40), {"max_tokens_per_rollout": 20}, StopReason.MAX_TOKENS),
     ],
 )
 def test_limits_end_a_rollout_and_it_is_graded(script: Script, limits: dict[str, Any], reason: StopReason) -> None:
@@ -238,3 +244,29 @@ def test_graders_get_the_rollouts_id() -> None:
     grader = RecordingGrader()
     rollout = run(a_workshop(say("I21.9"), grader=grader))
     assert grader.trace_ids == [rollout.id]
+
+
+def test_sampled_tokens_of_a_rollout_are_limited_over_its_turns() -> None:
+    limits = RolloutConfig(max_tokens_per_turn=400, max_tokens_per_rollout=len(CALL) + 10)
+    rollout = run(a_workshop(say(CALL, "word " * 40), limits=limits))
+    assert (rollout.stop_reason, rollout.num_sampled_tokens) == (StopReason.MAX_TOKENS, len(CALL) + 10)
+
+
+@pytest.mark.parametrize("limits", [{"max_turns": 3}, {"max_episode_steps": 5}])
+def test_the_model_is_told_of_its_last_turn(limits: dict[str, int]) -> None:
+    message = "This was your last call: answer now."
+    config = RolloutConfig(max_tokens_per_turn=400, last_turn_message=message, **limits)
+    rollout = run(a_workshop(say(CALL, CALL, "I21.9"), limits=config))
+    told = [message in turn.results[-1].output for turn in rollout.turns if turn.results]
+    assert (rollout.stop_reason, told) == (StopReason.ANSWERED, [False, True])
+
+
+def test_the_grade_of_a_truncated_rollout_can_be_fixed() -> None:
+    limits = RolloutConfig(max_tokens_per_turn=20, truncated_grade=-1.0)
+    shadows = {"other": RecordingGrader(right="word")}
+    cut = run(a_workshop(say("word " * 40), limits=limits, shadow_graders=shadows))
+    assert cut.grade is not None
+    assert (cut.grade.score, cut.grade.shadow) == (-1.0, {"other": 1.0})
+    answered = run(a_workshop(say("I21.9"), limits=limits))
+    assert answered.grade is not None
+    assert answered.grade.score == 1.0
