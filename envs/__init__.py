@@ -14,6 +14,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from rft.envs.http import HttpEnvironmentConfig
+from rft.envs.outage import Outages
 from rft.envs.python import PythonEnvironmentConfig
 from rft.types import Item, ToolCall, ToolResult
 
@@ -34,6 +35,7 @@ class Environment(Protocol):
     """A source of Sessions. `tool_names` are the tools it can serve; a row may use only these."""
 
     tool_names: frozenset[str]
+    outages: Outages  # rollouts wait for the end of one, on the run's time and not on theirs
 
     async def check(self) -> None:
         """Fail with a `UserError` naming the cure when the environment cannot be reached."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from rft.envs.outage import Outages
 from rft.envs.tasks import load_task
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
@@ -30,6 +32,7 @@ from rft.wire import (
 )
 
 _MAX_CONNECTIONS = 256
+_MAX_OUTAGES = 20  # that one call waits for
 
 
 class HttpToolConfig(BaseModel):
@@ -64,6 +67,7 @@ class HttpEnvironmentConfig(BaseModel):
     type: Literal["http"] = "http"
     serve: str | None = None
     tools: tuple[HttpToolConfig, ...] = ()
+    outage_limit_s: float = Field(default=600.0, gt=0, description="how long a server may be down before the run ends")
 
     @model_validator(mode="after")
     def _coherent(self) -> HttpEnvironmentConfig:
@@ -93,6 +97,7 @@ class HttpEnvironment:
         self, config: HttpEnvironmentConfig, base_url: str | None = None, retry: RetryPolicy | None = None
     ) -> None:
         self.config, self.base_url = config, base_url
+        self.outages = Outages(config.outage_limit_s)
         self._retry = retry or RetryPolicy()
         tools = config.tools or _tools_of(config.serve or "")
         self._tools = {tool.name: tool for tool in tools}
@@ -113,26 +118,42 @@ class HttpEnvironment:
         return HttpSession(self, item, rollout_id)
 
     async def close(self) -> None:
+        await self.outages.close()
         await self._http.aclose()
 
     async def post(self, tool: HttpToolConfig, body: bytes) -> Reply:
-        """Send one call. Raises ToolError when the server failed for good."""
+        """Send one call; the same again, once the server is back, when nothing listens there any more.
+
+        Raises ToolError when the server failed for good, NoProgressError when it stays away too long.
+        """
+        url = self._url(tool)
+        for _ in range(_MAX_OUTAGES):
+            await self.outages.over(safe_url(url))
+            try:
+                return await self._send(tool, body)
+            except WireError as error:
+                failure = ToolError(f"tool {tool.name}: {error.problem}")
+                if not error.is_unreachable:
+                    break
+            if await connection_problem(url) is not None:  # else it came back while we gave up
+                self.outages.report(safe_url(url), partial(connection_problem, url))
+        raise failure
+
+    async def _send(self, tool: HttpToolConfig, body: bytes) -> Reply:
+        """One call with its retries. Raises WireError when all failed."""
         retry = RetryPolicy(tool.max_attempts, self._retry.first_wait_s, self._retry.max_wait_s)
         headers = {name: value.get_secret_value() for name, value in tool.headers.items()}
-        try:
-            async with self._slots:
-                reply = await post_json(
-                    self._http,
-                    self._url(tool),
-                    body,
-                    headers=headers,
-                    timeout_s=tool.timeout_s,
-                    retry=retry,
-                    problem_of=_problem_of,
-                    before_attempt=self._rates[tool.name],
-                )
-        except WireError as error:
-            raise ToolError(f"tool {tool.name}: {error.problem}") from None
+        async with self._slots:
+            reply = await post_json(
+                self._http,
+                self._url(tool),
+                body,
+                headers=headers,
+                timeout_s=tool.timeout_s,
+                retry=retry,
+                problem_of=_problem_of,
+                before_attempt=self._rates[tool.name],
+            )
         if 300 <= reply.status < 400:
             where = safe_url(self._url(tool))
             cure = "set server_url to the final address; redirects are not followed"

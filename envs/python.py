@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rft.envs.outage import Outages
 from rft.envs.tasks import ArgumentError, Task, Tool, load_task
 from rft.errors import ToolError
 from rft.types import Item, ToolCall, ToolResult
@@ -35,6 +36,7 @@ class PythonEnvironment:
         self.task: Task = load_task(config.task)
         self.tool_names = self.task.tool_names
         self._timeout_s = config.timeout_s
+        self.outages = Outages()  # of which a task in this process has none
 
     async def check(self) -> None:
         """Load what the tools need, so that the first call is not the slow one."""

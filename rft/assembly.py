@@ -43,9 +43,9 @@ async def build_parts(
 ) -> Parts:
     """Everything but the heavy: tools and grading endpoints are reached, python graders loaded, nothing is sampled.
 
-    on_note: gets what a person should read about the graders, once each.
+    on_note: gets what a person should read: what protects graders, and later which server is down or back.
     """
-    environment = await _build_environment(config, stack)
+    environment = await _build_environment(config, stack, on_note)
     judges = Judges(config.judges)
     stack.push_async_callback(judges.close)
     cache = GradeCache(store.grade_cache)
@@ -66,13 +66,16 @@ async def build_parts(
     return Parts(engine, environment, main, shadows, judges)
 
 
-async def _build_environment(config: RunConfig, stack: AsyncExitStack) -> Environment | None:
+async def _build_environment(
+    config: RunConfig, stack: AsyncExitStack, on_note: Callable[[str], None]
+) -> Environment | None:
     if config.environment is None:
         return None
     environment = build_environment(config.environment)
     stack.push_async_callback(environment.close)
     if isinstance(environment, HttpEnvironment) and environment.config.serve:
         environment.base_url = stack.enter_context(ToolServer(environment.config.serve)).base_url
+    environment.outages.on_change = on_note
     await environment.check()
     return environment
 

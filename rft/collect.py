@@ -165,6 +165,8 @@ class Collector:
             seed=rollout_seed(self.run_seed, split, step, item.id, index),
         )
         async with self._slots:
+            if self.workshop.environment is not None:
+                await self.workshop.environment.outages.none()
             rollout = await run_rollout(attempt, self.workshop)
         self.on_rollout(rollout)
         return rollout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +99,9 @@ def _record(
 
 async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
     try:
-        async with asyncio.timeout(workshop.limits.time_limit_s):
-            return await _converse(attempt, workshop, conversation)
+        async with asyncio.timeout(workshop.limits.time_limit_s) as timer:
+            with workshop.environment.outages.patience(timer) if workshop.environment else nullcontext():
+                return await _converse(attempt, workshop, conversation)
     except TimeoutError:
         return StopReason.TIME_LIMIT
 

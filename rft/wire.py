@@ -28,14 +28,15 @@ _CONNECT_TIMEOUT_S = 5.0
 _MAX_IDLE_CONNECTIONS = 8  # the pool polls every idle connection for every request: 256 idle cost 14 ms a request
 
 _BURST_S = 0.1
+_CANNOT_CONNECT = "cannot connect"
 
 
 class WireError(WorldError):
-    """No usable reply after all attempts; `num_attempts` were made."""
+    """No usable reply after all attempts; `num_attempts` were made. `is_unreachable`: the last found nobody there."""
 
-    def __init__(self, problem: str, *, num_attempts: int) -> None:
+    def __init__(self, problem: str, *, num_attempts: int, is_unreachable: bool = False) -> None:
         super().__init__(problem, retryable=True)
-        self.num_attempts = num_attempts
+        self.num_attempts, self.is_unreachable = num_attempts, is_unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,11 @@ async def post_json(
             await asyncio.sleep(retry.wait_s(attempt))
     for value in filter(None, headers.values()):
         problem = problem.replace(value, "***")  # a server's error page may quote what we sent
-    raise WireError(f"{safe_url(url)} failed {retry.max_attempts} times: {problem}", num_attempts=retry.max_attempts)
+    raise WireError(
+        f"{safe_url(url)} failed {retry.max_attempts} times: {problem}",
+        num_attempts=retry.max_attempts,
+        is_unreachable=problem == _CANNOT_CONNECT,
+    )
 
 
 async def connection_problem(url: str) -> str | None:
@@ -189,7 +194,7 @@ def _server_problem(reply: Reply, problem_of: Callable[[Reply], str | None] | No
 def _describe(error: Exception, timeout_s: float) -> str:
     """What went wrong, in words of our own: texts of the HTTP library can quote header values."""
     if isinstance(error, httpx.ConnectTimeout | httpx.ConnectError):
-        return "cannot connect"
+        return _CANNOT_CONNECT
     if isinstance(error, TimeoutError | httpx.TimeoutException):
         return f"no answer within {timeout_s:g} s"
     if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError | httpx.CloseError):

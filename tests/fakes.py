@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Self
@@ -17,14 +16,16 @@ _REASONS |= {429: "Too Many Requests", 500: "Internal Server Error", 503: "Servi
 class LoopbackServer:
     """A real HTTP server on loopback, in a thread of its own; `_respond` says what it does with a request.
 
-    Every request body is kept in `requests`, its headers in `headers`, its path in `paths`.
+    Every request body is kept in `requests`, its headers in `headers`, its path in `paths`. `port`: 0 lets the system
+    choose; a server that comes back takes the one it had.
     """
+
+    port = 0
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
-        self.times: list[float] = []
         self.max_concurrent = 0
         self.base_url = ""
         self._num_open = 0
@@ -46,8 +47,9 @@ class LoopbackServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, backlog=512)
-        self.base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
+        self.port = server.sockets[0].getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{self.port}"
         self._ready.set()
         await self._stop.wait()
         server.close()
@@ -77,7 +79,6 @@ class LoopbackServer:
         self.requests.append(body)
         self.headers.append(headers)
         self.paths.append(head[0].split()[1])
-        self.times.append(time.monotonic())
         await self._respond(body, writer)
         await writer.drain()
 

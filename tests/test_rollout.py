@@ -13,6 +13,7 @@ from tiny import tiny_tokenizer
 
 from rft.chat import Chat
 from rft.config import RolloutConfig
+from rft.envs.outage import Outages
 from rft.errors import EngineError, GraderError, ToolError, WorldError
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.types import Grade, Item, Rollout, StopReason, ToolCall, ToolResult
@@ -31,6 +32,7 @@ class RecordingEnvironment:
         self.answer, self.delay_s = answer, delay_s
         self.calls: list[tuple[str, ToolCall]] = []
         self.num_open = 0
+        self.outages = Outages()
 
     async def check(self) -> None:
         return None
