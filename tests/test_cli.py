@@ -71,6 +71,7 @@ def test_a_port_in_use_is_named() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # processes that import torch or vLLM
 def test_an_engine_that_dies_at_start_is_quoted_and_the_run_is_marked_failed(tmp_path: Path) -> None:
     path = written(tmp_path, engine={"type": "vllm", "max_model_len": 256, "args": ["--no-such-flag"]})
     result = rft("train", str(path), timeout_s=120)
@@ -81,6 +82,7 @@ def test_an_engine_that_dies_at_start_is_quoted_and_the_run_is_marked_failed(tmp
     assert state["status"] == "failed" and "--no-such-flag" in state["error"]
 
 
+@pytest.mark.slow  # processes that import torch or vLLM
 def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path: Path) -> None:
     """A file size limit stands for the full disk: both make the kernel refuse a write."""
     tree = a_tree(tmp_path)
@@ -105,6 +107,7 @@ def test_a_full_disk_is_named_and_what_was_written_stays(tmp_path: Path) -> None
     assert list(store.rollouts())
 
 
+@pytest.mark.slow  # processes that import torch or vLLM
 def test_ctrl_c_ends_cleanly_and_resume_continues(tmp_path: Path) -> None:
     path = written(tmp_path)
     # a shell that starts pytest in the background makes it, and so its children, ignore SIGINT
