@@ -27,6 +27,7 @@ SERVER_ERROR = "model_grader_server_error"
 REFUSAL = "model_grader_refusal_error"
 PARSE_ERROR = "model_grader_parse_error"
 TOO_LONG = "model_grader_exceeded_max_tokens_error"
+_MAX_STEPS, _MAX_STEP_CHARS = 4, 200  # of a local judge's reasoning
 
 
 class JudgeConfig(BaseModel):
@@ -155,6 +156,7 @@ class Judge:
             given["max_completion_tokens"] = given.pop("max_completions_tokens")
         if self.place.socket is not None:
             given.pop("seed", None)  # a seeded request can end a vLLM server on a CPU (rft/engines/vllm.py)
+            schema = _bounded(schema)
         form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
         body = {"model": self.place.model, "messages": messages, "response_format": form, **given}
         return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -283,6 +285,18 @@ def _usage(usage: dict[str, Any]) -> TokenUsage:
         completion_tokens=int(usage.get("completion_tokens") or 0),
         cached_tokens=int(details.get("cached_tokens") or 0),
     )
+
+
+def _bounded(schema: Any) -> Any:
+    """The schema with an end to every list and free text: small models know none. Some services refuse these keys."""
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _bounded(value) for key, value in schema.items()}
+    if schema.get("type") == "array":
+        found["maxItems"] = _MAX_STEPS
+    if schema.get("type") == "string" and "enum" not in schema:
+        found["maxLength"] = _MAX_STEP_CHARS
+    return found
 
 
 def steps_schema() -> dict[str, Any]:

@@ -23,12 +23,12 @@ MODEL = Path(__file__).parent.parent / "models" / "smollm2-135m-instruct"
 SCORE = {
     **{"type": "score_model", "model": "local", "range": [0, 10]},
     "input": [{"role": "user", "content": "Rate this answer from 0 to 10: {{ sample.output_text }}"}],
-    "sampling_params": {"temperature": 0.0, "seed": 3, "max_completions_tokens": 200},
+    "sampling_params": {"temperature": 0.0, "seed": 3, "max_completions_tokens": 1000},
 }
 LABEL = {
     **{"type": "label_model", "model": "local", "labels": ["good", "bad"], "passing_labels": ["good"]},
     "input": [{"role": "user", "content": "Is this answer good or bad? {{ sample.output_text }}"}],
-    "sampling_params": {"temperature": 0.0, "max_completions_tokens": 200},
+    "sampling_params": {"temperature": 0.0, "max_completions_tokens": 1000},
 }
 
 
@@ -66,7 +66,7 @@ def test_the_engine_is_a_judge_only_where_it_keeps_the_base(sync: str, judge: di
 
 def with_judge(folder: Path, story: Callable[[Judges], Awaitable[Any]]) -> Any:
     async def tell() -> Any:
-        judges = Judges({"local": JudgeConfig(path=MODEL, max_model_len=512, kv_cache_gib=0.25, max_concurrent=4)})
+        judges = Judges({"local": JudgeConfig(path=MODEL, max_model_len=2048, kv_cache_gib=0.25, max_concurrent=4)})
         lines: list[str] = []
         server = await start_judge(judges["local"], folder / "judge.log", lines.append)
         try:

@@ -354,6 +354,19 @@ def test_the_number_of_files_is_limited() -> None:
     assert "No space left" in in_sandbox(lambda sandbox: failure(sandbox, "make_files", 30_000)).detail
 
 
+def test_memory_is_limited_while_the_source_loads() -> None:
+    source = (
+        "import os, time\nblock = bytearray(os.urandom(1024)) * (400 << 10)\ntime.sleep(20)\ndef grade():\n    return 1"
+    )
+
+    async def story(sandbox: Sandbox) -> CodeError:
+        with pytest.raises(CodeError) as caught:
+            await sandbox.call()
+        return caught.value
+
+    assert "ended its process while it was loaded" in in_sandbox(story, source, memory_bytes=256 << 20).detail
+
+
 def test_memory_is_limited_in_all_processes_together() -> None:
     error = in_sandbox(lambda sandbox: failure(sandbox, "allocate_in_many", 8, 64 << 20), memory_bytes=256 << 20)
     assert "used too much together" in error.detail

@@ -18,6 +18,8 @@ from typing import Any
 
 MAX_PROCESSES = 64
 MAX_OPEN_FILES = 256
+ADDRESS_SPACE_FACTOR = 3
+WATCH_S = 0.1
 MAX_INODES = 20_000  # files and folders a call may make
 FIRST_USER_ID, NUM_USER_IDS = 1_500_000_000, 500_000_000  # far above the ids that accounts and containers use
 NEW_MOUNT, NEW_USER, NEW_PID, NEW_NET, NEW_IPC = 0x20000, 0x10000000, 0x20000000, 0x40000000, 0x08000000
@@ -79,7 +81,7 @@ def isolate(settings: dict[str, Any]) -> Protection:
     is_root = os.geteuid() == 0
     has_namespaces, has_user_namespace = unshare()
     if has_namespaces:
-        become_init()
+        become_init(settings["memory_bytes"])
     has_own_files = has_namespaces and build_tree(settings["disk_bytes"])
     if has_user_namespace:
         set_capabilities(0)  # what it gave (mounts, interfaces) is not for the code we run
@@ -90,7 +92,7 @@ def isolate(settings: dict[str, Any]) -> Protection:
     if not os.access(os.__file__, os.R_OK):
         raise PermissionError(f"{os.path.dirname(os.__file__)} cannot be read by other users: chmod -R a+rX it")
     is_limited = has_own_user or (has_user_namespace and not is_root)  # root is exempt from the limit
-    set_limits(settings, is_limited)
+    set_limits(settings, is_limited, is_watched=has_own_files)
     return Protection(has_namespaces, has_own_files, has_own_user, is_limited)
 
 
@@ -111,14 +113,35 @@ def unshare() -> tuple[bool, bool]:
     return True, True
 
 
-def become_init() -> None:
-    """Continue in a fork that is process 1 of the new namespace; the original waits and ends as it ends."""
+def become_init(memory_bytes: int) -> None:
+    """Continue in a fork that is process 1 of the new namespace; the original waits and ends as it ends.
+
+    Meanwhile it ends a fork whose own memory grows beyond `memory_bytes`: code runs in it while it is loaded.
+    """
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)  # the new tree's, later, does not show the fork to us
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     pid = os.fork()
     if pid == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        os.close(proc)
         return
-    os.closerange(3, MAX_OPEN_FILES)  # the socket must close when the worker dies
+    os.closerange(3, proc)  # the socket must close when the worker dies
+    os.closerange(proc + 1, MAX_OPEN_FILES)
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        signal.sigtimedwait({signal.SIGCHLD}, WATCH_S)
+        if resident_bytes(proc, pid) > memory_bytes:
+            os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def resident_bytes(proc: int, pid: int) -> int:
+    """Of a process that may just have ended; proc: an open /proc that shows it."""
+    try:
+        with open(os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=proc), "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -236,9 +259,10 @@ def set_capabilities(bits: int) -> None:
         raise OSError(ctypes.get_errno(), "capset failed")
 
 
-def set_limits(settings: dict[str, Any], is_limited: bool) -> None:
+def set_limits(settings: dict[str, Any], is_limited: bool, is_watched: bool) -> None:
+    """is_watched: memory in use is measured, so address space, of which libraries take much more, may be larger."""
     limits = [
-        (resource.RLIMIT_AS, settings["memory_bytes"]),
+        (resource.RLIMIT_AS, settings["memory_bytes"] * (ADDRESS_SPACE_FACTOR if is_watched else 1)),
         (resource.RLIMIT_FSIZE, settings["disk_bytes"]),
         (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
         (resource.RLIMIT_CORE, 0),
