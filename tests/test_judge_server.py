@@ -70,7 +70,7 @@ def with_judge(folder: Path, story: Callable[[Judges], Awaitable[Any]]) -> Any:
         lines: list[str] = []
         server = await start_judge(judges["local"], folder / "judge.log", lines.append)
         try:
-            assert lines, "the start says what it waits for"
+            assert any("s left" in line for line in lines), "the start says what it waits for, and how long"
             return await story(judges)
         finally:
             await judges.close()

@@ -21,8 +21,9 @@ _MAX_SOCKET_PATH = 90  # bytes; the system's limit is 107
 class ServerProcess:
     """One running command. `scratch` is a private folder for its sockets and temporary files, removed at its end."""
 
-    def __init__(self, process: asyncio.subprocess.Process, scratch: Path, log_path: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, scratch: Path, log_path: Path, log_offset: int = 0) -> None:
         self._process, self.scratch, self.log_path = process, scratch, log_path
+        self._log_offset = log_offset  # where this process's part of the log begins
 
     @property
     def is_alive(self) -> bool:
@@ -38,9 +39,9 @@ class ServerProcess:
         return True
 
     def log_tail(self, num_lines: int) -> list[str]:
-        """The last lines that are not empty, each without its line end."""
+        """The last lines of this process that are not empty, each without its line end."""
         with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+            log.seek(max(self._log_offset, self.log_path.stat().st_size - _TAIL_BYTES))
             lines = log.read().decode("utf-8", errors="replace").splitlines()
         return [line.rstrip() for line in lines if line.strip()][-num_lines:]
 
@@ -66,6 +67,7 @@ async def launch(command: list[str], env: dict[str, str], scratch: Path, log_pat
     """Start `command` with `env` on top of our environment, its output appended to `log_path`."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
+        log_offset = log.tell()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
@@ -78,4 +80,4 @@ async def launch(command: list[str], env: dict[str, str], scratch: Path, log_pat
             env=os.environ | {"TMPDIR": str(scratch)} | env,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the server's
         )
-    return ServerProcess(process, scratch, log_path)
+    return ServerProcess(process, scratch, log_path, log_offset)

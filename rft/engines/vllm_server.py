@@ -27,12 +27,12 @@ StatusCallback = Callable[[str], None]
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"  # the `vllm serve` script needs a distribution named vllm
 _POLL_S = 0.25
 _PROBE_TIMEOUT_S = 5.0
-_STAGES = {  # text in the log -> what the server does from there on
-    "Resolved architecture": "starting the sampling process",
-    "Initializing a V1 LLM engine": "loading libraries",
-    "Starting to load model": "loading weights",
-    "KV cache size": "warming up",
-    "Starting vLLM server": "opening the socket",
+_STAGES = {  # text in the log -> what the server does from there on, and the share of its start that is then over
+    "Resolved architecture": ("starting the sampling process", 0.35),  # shares of a small model on two cores
+    "Initializing a V1 LLM engine": ("loading libraries", 0.88),
+    "Starting to load model": ("loading weights", 0.93),
+    "KV cache size": ("warming up", 0.95),
+    "Starting vLLM server": ("opening the socket", 0.99),
 }
 _CURES = {  # text in the log -> the cure
     "Available memory": "lower engine.kv_cache_gib (CPU) or engine.gpu_memory_share (GPU), or free memory",
@@ -132,14 +132,17 @@ async def wait_until_ready(
     server: ServerProcess, http: aiohttp.ClientSession, timeout_s: float, on_status: StatusCallback
 ) -> None:
     """Return when /health answers. Raises EngineError when the process ends or `timeout_s` passes first."""
-    started, stage = time.monotonic(), ""
+    started, stage, total_s = time.monotonic(), "loading libraries", 0.0
     while (elapsed_s := time.monotonic() - started) < timeout_s:
         if await _is_healthy(http):
             return
         if await server.has_ended(_POLL_S):
             raise server_error(server, "the vLLM server ended while starting")
-        stage = _stage(server) or stage
-        on_status(f"starting vLLM: {stage or 'loading libraries'} ({elapsed_s:.0f} s)")
+        name, share = _stage(server) or (stage, 0.0)
+        if name != stage and share:
+            stage, total_s = name, elapsed_s / share
+        left = f", about {max(1.0, total_s - elapsed_s):.0f} s left" if total_s else ""
+        on_status(f"starting vLLM: {stage} ({elapsed_s:.0f} s{left})")
     raise EngineError(
         f"the vLLM server was not ready after {timeout_s:.0f} s; last line of {server.log_path}:\n"
         + "\n".join(server.log_tail(1)),
@@ -155,9 +158,9 @@ async def _is_healthy(http: aiohttp.ClientSession) -> bool:
         return False
 
 
-def _stage(server: ServerProcess) -> str:
+def _stage(server: ServerProcess) -> tuple[str, float] | None:
     lines = server.log_tail(40)
-    return next((name for line in reversed(lines) for text, name in _STAGES.items() if text in line), "")
+    return next((stage for line in reversed(lines) for text, stage in _STAGES.items() if text in line), None)
 
 
 def server_error(server: ServerProcess, problem: str) -> EngineError:
