@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +50,14 @@ class BaseGrader:
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+def is_finite(value: float) -> bool:
+    """True for a number that a float can hold; bool counts as 0 or 1."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the range of float
+        return False
 
 
 _TYPES = frozenset({"string_check", "text_similarity", "python", "score_model", "label_model", "endpoint", "multi"})

@@ -33,7 +33,6 @@ class GradeCache:
     """A key-value file of grades."""
 
     def __init__(self, path: Path) -> None:
-        self.num_hits = self.num_misses = 0
         self._path, self._file = path, _open(path)
 
     def get(self, key: bytes) -> Grade | None:
@@ -45,8 +44,6 @@ class GradeCache:
         except (sqlite3.Error, ValidationError) as error:
             self._give_up(error)
             grade = None
-        self.num_hits += grade is not None
-        self.num_misses += grade is None
         return grade
 
     def put(self, key: bytes, grade: Grade) -> None:

@@ -7,14 +7,13 @@ score) is tried again three times with growing pauses; then GraderError discards
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
 from rft.errors import GraderError
-from rft.graders.base import BaseGrader, Spec
+from rft.graders.base import BaseGrader, Spec, is_finite
 from rft.types import Grade, Item
 from rft.wire import (
     MAX_BODY_BYTES,
@@ -110,13 +109,6 @@ def _problem(reply: Reply) -> str | None:
         return f"the answer is larger than {MAX_BODY_BYTES} bytes"
     answer = reply.json()
     score = answer.get("score") if isinstance(answer, dict) else None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not is_finite(score):
         return f'the answer is not {{"score": number}}: {reply.text[:200]}'
     return None
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the range of float
-        return False

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rft.errors import GraderError
 from rft.graders.template import check_template, render
 from rft.types import TokenUsage
-from rft.wire import Reply, RetryPolicy, WireError, client, post_json
+from rft.wire import Reply, RetryPolicy, WireError, client, post_json, without_secrets
 
 SERVER_ERROR = "model_grader_server_error"
 REFUSAL = "model_grader_refusal_error"
@@ -123,8 +123,9 @@ class Judge:
         async with self._slots:
             reply = await self._send(body)
         if reply.status != 200:
+            said = without_secrets(reply.text, self._headers())[:300]
             raise GraderError(
-                f"the judge {self.name} refused a request: HTTP {reply.status}: {reply.text[:300]}",
+                f"the judge {self.name} refused a request: HTTP {reply.status}: {said}",
                 flag=SERVER_ERROR,
                 cure=f"check judges.{self.name}: its url, model and api_key_env",
             )
@@ -258,7 +259,7 @@ def _verdict(reply: Any) -> Verdict:
         choice = reply["choices"][0]
         content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
         finish_reason, usage = choice.get("finish_reason"), _usage(reply.get("usage") or {})
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
         raise GraderError("the judge's reply is not a chat completion", flag=SERVER_ERROR) from None
     if refusal:
         return Verdict(None, usage, {REFUSAL: str(refusal)[:500]})

@@ -7,14 +7,13 @@ What its code does wrong (an exception, a value that is no finite number, two mi
 from __future__ import annotations
 
 import ast
-import math
 import time
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from rft.errors import GraderError
-from rft.graders.base import BaseGrader, Spec
+from rft.graders.base import BaseGrader, Spec, is_finite
 from rft.sandbox import CodeError, Sandbox, SandboxError
 from rft.types import Grade, Item
 
@@ -76,14 +75,6 @@ class PythonGrader(BaseGrader):
 
     async def close(self) -> None:
         await self._sandbox.close()
-
-
-def is_finite(value: float) -> bool:
-    """True for a number that a float can hold; bool counts as 0 or 1."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the range of float
-        return False
 
 
 def check_source(source: str) -> str:

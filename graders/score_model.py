@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from rft.errors import GraderError, first_cause
-from rft.graders.base import BaseGrader, Spec, missing_variable_grade
+from rft.graders.base import BaseGrader, Spec, is_finite, missing_variable_grade
 from rft.graders.judge import (
     PARSE_ERROR,
     JudgeMessage,
@@ -97,7 +97,7 @@ class ScoreModelGrader(BaseGrader):
         if verdict.answer is None:
             return 0.0, verdict.errors
         result = verdict.answer.get("result")
-        if isinstance(result, bool) or not isinstance(result, int | float) or not math.isfinite(result):
+        if isinstance(result, bool) or not isinstance(result, int | float) or not is_finite(result):
             return 0.0, {PARSE_ERROR: f"the judge's result is {result!r:.100}, not a finite number"}
         lowest, highest = self.spec.range
         return min(highest, max(lowest, float(result))), {}

@@ -137,8 +137,7 @@ async def post_json(
                 return reply
         if attempt < retry.max_attempts:
             await asyncio.sleep(retry.wait_s(attempt))
-    for value in filter(None, headers.values()):
-        problem = problem.replace(value, "***")  # a server's error page may quote what we sent
+    problem = without_secrets(problem, headers)
     raise WireError(
         f"{safe_url(url)} failed {retry.max_attempts} times: {problem}",
         num_attempts=retry.max_attempts,
@@ -158,6 +157,14 @@ async def connection_problem(url: str) -> str | None:
         return f"{safe_url(url)} cannot be reached ({reason})"
     writer.close()
     return None
+
+
+def without_secrets(text: str, headers: Mapping[str, str]) -> str:
+    """The text of a server, which may quote what we sent, without header values and the keys in them (`Bearer KEY`)."""
+    for value in filter(None, headers.values()):
+        for secret in (value, value.split()[-1] if value.split() else value):
+            text = text.replace(secret, "***")
+    return text
 
 
 def redact(headers: Mapping[str, str]) -> dict[str, str]:

@@ -95,6 +95,7 @@ def test_results_are_cut_to_the_range(answer: float, score: float) -> None:
         (verdict('{"result": "high"}'), "model_grader_parse_error"),
         (verdict('{"result": true}'), "model_grader_parse_error"),
         (verdict('{"result": NaN}'), "model_grader_parse_error"),
+        (verdict('{"result": 1' + "0" * 400 + "}"), "model_grader_parse_error"),
         (verdict("[1]"), "model_grader_parse_error"),
         (verdict('{"result": 1e999}'), "model_grader_parse_error"),
         (verdict('{"steps": [', "length"), "model_grader_exceeded_max_tokens_error"),
@@ -108,6 +109,22 @@ def test_what_is_no_number_is_zero_and_flagged(reply: tuple[int, Any], flag: str
         grade = ask(server, SCORE)
     assert (grade.score, list(grade.errors)) == (0.0, [flag])
     assert grade.usage["gpt-4o"].prompt_tokens == 10, "a failed judgement was paid for, too"
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": "many"}, {"prompt_tokens": 1e999}, [1]])
+def test_hostile_usage_is_an_error_and_not_a_crash(usage: Any) -> None:
+    status, body = verdict({"steps": [], "result": 1.0})
+    hostile = ScriptedServer(always((status, {**body, "usage": usage})))
+    with hostile as server, pytest.raises(GraderError, match="not a chat completion"):
+        ask(server, SCORE)
+
+
+def test_a_key_stays_out_of_texts_after_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-hidden")
+    leaky = ScriptedServer(always((500, {"error": "your key sk-hidden is fine, we are not"})))
+    with leaky as server, pytest.raises(GraderError) as caught:
+        ask(server, SCORE, api_key_env="JUDGE_KEY")
+    assert "sk-hidden" not in str(caught.value)
 
 
 def test_a_complete_answer_at_the_token_limit_counts() -> None:
@@ -141,7 +158,7 @@ def test_a_dead_server_is_never_a_grade() -> None:
 
 def test_a_refused_request_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-hidden")
-    refusing = ScriptedServer(always((401, {"error": {"message": "bad key"}})))
+    refusing = ScriptedServer(always((401, {"error": {"message": "Incorrect API key provided: sk-hidden"}})))
     with refusing as server, pytest.raises(GraderError, match="HTTP 401") as caught:
         ask(server, SCORE, api_key_env="JUDGE_KEY")
     assert len(server.requests) == 1
