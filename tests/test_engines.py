@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -517,6 +518,27 @@ def test_server_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
             await wait_until_ready(server, http, 30, lambda _: None)
 
     with pytest.raises(EngineError, match=r"Available memory on node 0(.|\n)*lower engine.kv_cache_gib"):
+        asyncio.run(start())
+
+
+def test_the_start_says_how_long_it_will_take(tmp_path: Path) -> None:
+    class EstimateSeen(Exception):
+        pass
+
+    def on_status(line: str) -> None:
+        if re.fullmatch(r"starting vLLM: loading weights \(\d+ s, about \d+ s left\)", line):
+            raise EstimateSeen
+
+    async def start() -> None:
+        code = "import time; print('Starting to load model', flush=True); time.sleep(600)"
+        server = await launch([sys.executable, "-c", code], {}, make_scratch(), tmp_path / "engine.log")
+        try:
+            async with aiohttp.ClientSession("http://127.0.0.1:9/") as http:
+                await wait_until_ready(server, http, 60, on_status)
+        finally:
+            await server.close()
+
+    with pytest.raises(EstimateSeen):
         asyncio.run(start())
 
 
