@@ -1,4 +1,4 @@
-"""Environments: where a rollout's tool calls are executed. One file per adapter, `build_environment` picks it.
+"""Environments: the world a rollout acts in. One file per adapter, `build_environment` picks it.
 
 An Environment is opened once per rollout; the Session it returns belongs to that rollout alone and is closed
 with it, also on cancellation.
@@ -9,41 +9,17 @@ from __future__ import annotations
 if __name__ != "rft.envs":
     raise ImportError("this folder is the package rft.envs: `import rft.envs`, not `import envs`")
 
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from pydantic import Field
 
+from rft.envs.base import Environment, Session, ToolSpecs
 from rft.envs.http import HttpEnvironmentConfig
-from rft.envs.outage import Outages
 from rft.envs.python import PythonEnvironmentConfig
-from rft.types import Item, ToolCall, ToolResult
+
+__all__ = ["Environment", "EnvironmentConfig", "Session", "ToolSpecs", "build_environment", "discover_tools"]
 
 EnvironmentConfig = Annotated[HttpEnvironmentConfig | PythonEnvironmentConfig, Field(discriminator="type")]
-
-
-class Session(Protocol):
-    """The tools of one rollout."""
-
-    async def call(self, call: ToolCall) -> ToolResult:
-        """Execute one well-formed call; what the model should see comes back, `ToolError` means discard."""
-        ...
-
-    async def close(self) -> None: ...
-
-
-class Environment(Protocol):
-    """A source of Sessions. `tool_names` are the tools it can serve; a row may use only these."""
-
-    tool_names: frozenset[str]
-    outages: Outages  # rollouts wait for the end of one, on the run's time and not on theirs
-
-    async def check(self) -> None:
-        """Fail with a `UserError` naming the cure when the environment cannot be reached."""
-        ...
-
-    async def open(self, item: Item, rollout_id: str) -> Session: ...
-
-    async def close(self) -> None: ...
 
 
 def build_environment(config: EnvironmentConfig) -> Environment:
@@ -55,3 +31,14 @@ def build_environment(config: EnvironmentConfig) -> Environment:
     from rft.envs.python import PythonEnvironment
 
     return PythonEnvironment(config)
+
+
+async def discover_tools(config: EnvironmentConfig | None) -> ToolSpecs:
+    """The tools that rows may name, and their specs where the environment knows them. Raises UserError."""
+    if config is None:
+        return {}
+    environment = build_environment(config)
+    try:
+        return await environment.discover()
+    finally:
+        await environment.close()

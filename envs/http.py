@@ -15,6 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from rft.envs.base import Session, ToolSpecs
 from rft.envs.outage import Outages
 from rft.envs.tasks import load_task
 from rft.errors import ToolError, UserError
@@ -101,11 +102,15 @@ class HttpEnvironment:
         self._retry = retry or RetryPolicy()
         tools = config.tools or _tools_of(config.serve or "")
         self._tools = {tool.name: tool for tool in tools}
-        self.tool_names = frozenset(self._tools)
         self._rates = {tool.name: rate_limiter(tool.rate_limit) for tool in tools}
         # callers wait here, without a running deadline, rather than in the pool, where waiting costs time and CPU
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._http = client(timeout_s=max(tool.timeout_s for tool in tools), max_connections=_MAX_CONNECTIONS)
+
+    async def discover(self) -> ToolSpecs:
+        """The configured names; a task that the run serves also knows the specs."""
+        specs = load_task(self.config.serve).specs if self.config.serve else {}
+        return {name: specs.get(name) for name in self._tools}
 
     async def check(self) -> None:
         """Every host and port accepts a connection within 5 s, or UserError names tool, URL and cure."""
@@ -180,7 +185,7 @@ class HttpEnvironment:
             )
 
 
-class HttpSession:
+class HttpSession(Session):
     """The tools of one rollout; calls may run at once."""
 
     def __init__(self, environment: HttpEnvironment, item: Item, rollout_id: str) -> None:

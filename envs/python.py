@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rft.envs.base import Session, ToolSpecs
 from rft.envs.outage import Outages
 from rft.envs.tasks import ArgumentError, Task, Tool, load_task
 from rft.errors import ToolError
@@ -34,9 +35,11 @@ class PythonEnvironment:
 
     def __init__(self, config: PythonEnvironmentConfig) -> None:
         self.task: Task = load_task(config.task)
-        self.tool_names = self.task.tool_names
         self._timeout_s = config.timeout_s
         self.outages = Outages()  # of which a task in this process has none
+
+    async def discover(self) -> ToolSpecs:
+        return dict(self.task.specs)
 
     async def check(self) -> None:
         """Load what the tools need, so that the first call is not the slow one."""
@@ -49,7 +52,7 @@ class PythonEnvironment:
         """Nothing to release: threads end with their calls."""
 
 
-class PythonSession:
+class PythonSession(Session):
     """The tools of one rollout."""
 
     def __init__(self, task: Task, timeout_s: float) -> None:

@@ -13,8 +13,12 @@ from rft.types import Message, Rollout, Turn
 
 
 def sample_of(rollout: Rollout) -> dict[str, Any]:
-    """choices, output_text, output_json, output_tools, output_reasoning_summary, trace."""
+    """choices, output_text, output_json, output_tools, output_reasoning_summary, trace.
+
+    And `environment`, where the environment said how the episode went.
+    """
     return {
+        **({"environment": rollout.environment} if rollout.environment else {}),
         "choices": [_choice(rollout)],
         "output_text": rollout.output_text,
         "output_json": _parsed(rollout.output_text),
@@ -48,12 +52,12 @@ def _choice(rollout: Rollout) -> dict[str, Any]:
 
 
 def _trace(turn: Turn) -> list[dict[str, Any]]:
-    """The sampled message, then one tool message per result, in the order of the results."""
+    """The sampled message, then what the world answered: a tool message per result, or its replies."""
     answers = [
         {"role": "tool", "tool_call_id": result.call_id, "content": result.output, "is_error": result.is_error}
         for result in turn.results
     ]
-    return [turn.message.as_chat(), *answers]
+    return [turn.message.as_chat(), *answers, *(reply.as_chat() for reply in turn.replies)]
 
 
 def _parsed(text: str) -> Any:

@@ -104,12 +104,12 @@ class Chat:
         )
 
     def continuation(self, item: Item, messages: list[Message], sampled_ids: list[int]) -> Continuation:
-        """What to append after `sampled_ids` so that the model reads the tool messages at the end of `messages`.
+        """What to append after `sampled_ids` so that the model reads what the world said at the end of `messages`.
 
-        `messages` are all messages after the row's own: assistant and tool messages alternating, the last ones being
-        the results to add. A turn cut by its token limit gets its missing end-of-turn id first.
+        `messages` are all messages after the row's own: the model's and the world's (tool results, replies) in turn,
+        the last ones being those to add. A turn cut by its token limit gets its missing end-of-turn id first.
         """
-        num_results = _trailing_tool_messages(messages)
+        num_results = _num_replies(messages)
         opening, tools = self._opening(item), self._template_tools(item)
         history = opening + self._chat_messages(messages[:-num_results])
         results = self._chat_messages(messages[-num_results:])
@@ -315,10 +315,10 @@ def _with_parsed_arguments(message: Message) -> dict[str, Any]:
     return chat
 
 
-def _trailing_tool_messages(messages: list[Message]) -> int:
+def _num_replies(messages: list[Message]) -> int:
     count = 0
-    while count < len(messages) and messages[-1 - count].role == "tool":
+    while count < len(messages) and messages[-1 - count].role != "assistant":
         count += 1
     if count == 0:
-        raise ValueError("a continuation needs tool messages at the end")
+        raise ValueError("a continuation needs the world's messages at the end")
     return count

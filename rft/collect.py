@@ -7,7 +7,8 @@ rollout, discarded ones included, went to `on_rollout` once; when too many are d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from rft.budget import StepBudget
@@ -164,12 +165,23 @@ class Collector:
             index=index,
             seed=rollout_seed(self.run_seed, split, step, item.id, index),
         )
-        async with self._slots:
-            if self.workshop.environment is not None:
-                await self.workshop.environment.outages.none()
+        async with self._slot_for(attempt):
             rollout = await run_rollout(attempt, self.workshop)
         self.on_rollout(rollout)
         return rollout
+
+    @asynccontextmanager
+    async def _slot_for(self, attempt: Attempt) -> AsyncIterator[None]:
+        """A place among the rollouts in flight, once none of the tools' servers is down."""
+        with self.workshop.waits.on(attempt.id, attempt.item.id, "slot"):
+            await self._slots.acquire()
+        try:
+            if self.workshop.environment is not None:
+                with self.workshop.waits.on(attempt.id, attempt.item.id, "outage"):
+                    await self.workshop.environment.outages.none()
+            yield
+        finally:
+            self._slots.release()
 
 
 def _joined(first: Group, second: Group) -> Group:

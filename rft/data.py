@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -20,6 +20,7 @@ MAX_PROBLEMS = 10
 _ROLES = get_args(Role)
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+ToolSpecs = Mapping[str, dict[str, Any] | None]  # name -> its entry in a row's `tools`; None: only rows know it
 
 
 @dataclass(slots=True)
@@ -33,16 +34,17 @@ class _Problems:
         self.found.append((self.line, path, problem, cure))
 
 
-def load_items(path: Path, tool_names: frozenset[str] | None) -> list[Item]:
+def load_items(path: Path, tool_specs: ToolSpecs | None) -> list[Item]:
     """The rows of a JSONL file as Items with ids `<file stem>-<line number>`; blank lines are skipped.
 
-    `tool_names` are the tools that have an endpoint; None skips that check. Raises DataError.
+    tool_specs: the tools that the environment serves, by name; a row may name no others, and one without the key
+    `tools` gets all whose spec is known. None skips that check. Raises DataError.
     """
     items: list[Item] = []
     found: list[tuple[int, str, str, str]] = []
     for line, raw in _lines(path):
         problems = _Problems(line)
-        item = _parse_line(raw, f"{path.stem}-{line:05d}", tool_names, problems)
+        item = _parse_line(raw, f"{path.stem}-{line:05d}", tool_specs, problems)
         found += problems.found
         if item is not None:
             items.append(item)
@@ -126,12 +128,12 @@ def _refuse(path: Path, found: list[tuple[int, str, str, str]]) -> NoReturn:
     raise DataError(f"{more} problems:\n  " + "\n  ".join(lines), where=str(path), cure="fix the rows and start again")
 
 
-def _parse_line(raw: bytes, item_id: str, tool_names: frozenset[str] | None, problems: _Problems) -> Item | None:
+def _parse_line(raw: bytes, item_id: str, tool_specs: ToolSpecs | None, problems: _Problems) -> Item | None:
     row = _decode(raw, problems)
     if row is None:
         return None
     messages = _parse_messages(row.get("messages"), problems)
-    tools = _parse_tools(row.get("tools"), tool_names, problems)
+    tools = _parse_tools(row.get("tools"), tool_specs, problems)
     parallel = row.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
         problems.add("parallel_tool_calls", "must be true or false", "drop the key for true")
@@ -247,9 +249,9 @@ def _parse_calls(value: Any, path: str, problems: _Problems) -> list[ToolCall]:
         return []
 
 
-def _parse_tools(value: Any, tool_names: frozenset[str] | None, problems: _Problems) -> list[dict[str, Any]]:
+def _parse_tools(value: Any, tool_specs: ToolSpecs | None, problems: _Problems) -> list[dict[str, Any]]:
     if value is None:
-        return []
+        return [spec for spec in (tool_specs or {}).values() if spec is not None]
     if not isinstance(value, list):
         problems.add("tools", f"is a JSON {_kind(value)}, not a list", "write a list of function tools")
         return []
@@ -260,7 +262,7 @@ def _parse_tools(value: Any, tool_names: frozenset[str] | None, problems: _Probl
             continue
         if name in seen:
             problems.add(f"tools[{index}].function.name", f"{name} appears twice", "give every tool its own name")
-        elif tool_names is not None and name not in tool_names:
+        elif tool_specs is not None and name not in tool_specs:
             problems.add(f"tools[{index}].function.name", f"{name} has no endpoint", "add it to environment.tools")
         seen.add(name)
     return value

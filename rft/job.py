@@ -21,7 +21,7 @@ from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
 from rft.data import load_items, overlap
-from rft.envs import build_environment
+from rft.envs import discover_tools
 from rft.errors import RftError, UserError
 from rft.progress import Display
 from rft.report import final_table, write_report
@@ -73,21 +73,16 @@ def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = Fals
 
 def _load_splits(config: RunConfig) -> dict[Split, list[Item]]:
     """Every split that the config names, cut to the size the evaluation asks for. Raises DataError."""
-    tool_names = frozenset(tool_names_of(config))
-    splits: dict[Split, list[Item]] = {"train": load_items(config.data.train, tool_names)}
+    tool_specs = asyncio.run(discover_tools(config.environment))
+    splits: dict[Split, list[Item]] = {"train": load_items(config.data.train, tool_specs)}
     if config.data.validation is not None:
-        splits["validation"] = load_items(config.data.validation, tool_names)[: config.evaluation.validation_items]
+        splits["validation"] = load_items(config.data.validation, tool_specs)[: config.evaluation.validation_items]
         shared = overlap(splits["train"], splits["validation"])
         if shared:
             logging.getLogger("rft").warning("%d validation rows are also in the training file", shared)
     if config.data.test is not None:
-        splits["test"] = load_items(config.data.test, tool_names)[: config.evaluation.test_items]
+        splits["test"] = load_items(config.data.test, tool_specs)[: config.evaluation.test_items]
     return splits
-
-
-def tool_names_of(config: RunConfig) -> list[str]:
-    """The tools that rows may name."""
-    return sorted(build_environment(config.environment).tool_names) if config.environment else []
 
 
 def _check_fits(config: RunConfig, chat: Chat, items: dict[Split, list[Item]]) -> None:

@@ -8,6 +8,7 @@ a dead engine and bugs propagate.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,11 @@ from rft.errors import EngineError, GraderError, WorldError, attribute, first_ca
 from rft.graders import Grader
 from rft.graders.sample import sample_of
 from rft.types import Grade, Item, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn
+from rft.waits import Waits
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Workshop:
     shadow_graders: dict[str, Grader]
     limits: RolloutConfig
     max_model_len: int
+    waits: Waits = field(default_factory=Waits)
 
 
 @dataclass(slots=True)
@@ -53,14 +60,16 @@ class _Conversation:
     """The state of a rollout in flight; `context` is exactly what the engine has seen and said."""
 
     started: float
+    item: Item  # with the environment's opening
     context: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
 
 
 async def run_rollout(attempt: Attempt, workshop: Workshop) -> Rollout:
     """Make one attempt. Raises EngineError only when the engine cannot serve any request any more."""
-    started_at, conversation, error = time.time(), _Conversation(time.perf_counter()), None
+    started_at, conversation, error = time.time(), _Conversation(time.perf_counter(), attempt.item), None
     grade: Grade | None = None
     try:
         stop_reason = await _converse_within_limit(attempt, workshop, conversation)
@@ -92,6 +101,7 @@ def _record(
         stop_reason=stop_reason,
         grade=grade,
         error=error,
+        environment=conversation.outcome,
         started_at=started_at,
         duration_s=time.perf_counter() - conversation.started,
     )
@@ -107,31 +117,83 @@ async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversat
 
 
 async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
-    session = await workshop.environment.open(attempt.item, attempt.id) if workshop.environment else None
+    session = await _open(attempt, workshop)
     try:
-        next_ids, is_fork = workshop.chat.first_prompt(attempt.item), False
+        conversation.item = _with_opening(attempt.item, session)
+        next_ids, is_fork = workshop.chat.first_prompt(conversation.item), False
         for index in range(workshop.limits.max_turns):
             turn = await _sample_turn(attempt, workshop, conversation, next_ids, is_fork, index)
             if turn is None or turn.finish_reason == "length":
                 return StopReason.MAX_TOKENS
-            if not turn.message.tool_calls:
-                return StopReason.ANSWERED
-            turns_left = _turns_left(conversation, workshop.limits)
-            if turns_left == 0:
-                return StopReason.MAX_TURNS
-            turn.results = await _call_tools(session, turn.message.tool_calls)
-            if turns_left == 1 and workshop.limits.last_turn_message:
-                last = turn.results[-1]
-                turn.results[-1] = last.model_copy(
-                    update={"output": f"{last.output}\n\n{workshop.limits.last_turn_message}"}
-                )
-            conversation.messages += [tool_message(result) for result in turn.results]
-            continuation = workshop.chat.continuation(attempt.item, conversation.messages, turn.output_ids)
+            ending = await _respond(attempt, workshop, conversation, session, turn)
+            if ending is not None:
+                return ending
+            continuation = workshop.chat.continuation(conversation.item, conversation.messages, turn.output_ids)
             next_ids, is_fork = continuation.ids, continuation.is_fork
         raise AssertionError("the loop ends by returning")
     finally:
         if session is not None:
-            await session.close()
+            await _close(session, conversation)
+
+
+async def _open(attempt: Attempt, workshop: Workshop) -> Session | None:
+    if workshop.environment is None:
+        return None
+    with workshop.waits.on(attempt.id, attempt.item.id, "environment"):
+        return await workshop.environment.open(attempt.item, attempt.id)
+
+
+def _with_opening(item: Item, session: Session | None) -> Item:
+    """The item with what the environment says first added to its last message."""
+    if session is None or not session.opening:
+        return item
+    *before, last = item.messages
+    content = f"{last.content}\n\n{session.opening}".strip()
+    return item.model_copy(update={"messages": [*before, last.model_copy(update={"content": content})]})
+
+
+async def _close(session: Session, conversation: _Conversation) -> None:
+    """Note how the episode went, and end it; a session that does not close in time costs a warning, not the run."""
+    try:
+        conversation.outcome = session.outcome()
+    finally:
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await session.close()
+        except TimeoutError:
+            logger.warning("a session did not close within %.0f s and was left", _CLOSE_TIMEOUT_S)
+
+
+async def _respond(
+    attempt: Attempt, workshop: Workshop, conversation: _Conversation, session: Session | None, turn: Turn
+) -> StopReason | None:
+    """The world's answer to a turn, appended to the conversation; the stop reason when the rollout ends here.
+
+    At the limit of turns the calls are not executed: nobody would read what they return.
+    """
+    calls, turns_left = turn.message.tool_calls, _turns_left(conversation, workshop.limits)
+    if not calls:
+        turn.replies = await session.reply(turn.message) if session is not None else []
+    elif turns_left > 0:
+        turn.results = await _call_tools(attempt, workshop, session, calls)
+    if session is not None and session.is_over:
+        return StopReason.EPISODE_OVER
+    if not calls and not turn.replies:
+        return StopReason.ANSWERED
+    if turns_left == 0:
+        return StopReason.MAX_TURNS
+    if turns_left == 1 and workshop.limits.last_turn_message:
+        _announce_last_turn(turn, workshop.limits.last_turn_message)
+    conversation.messages += [tool_message(result) for result in turn.results] + turn.replies
+    return None
+
+
+def _announce_last_turn(turn: Turn, text: str) -> None:
+    """Add the text to the last thing that the model reads before its last turn."""
+    if turn.replies:
+        turn.replies[-1] = turn.replies[-1].model_copy(update={"content": f"{turn.replies[-1].content}\n\n{text}"})
+    else:
+        turn.results[-1] = turn.results[-1].model_copy(update={"output": f"{turn.results[-1].output}\n\n{text}"})
 
 
 def _turns_left(conversation: _Conversation, limits: RolloutConfig) -> int:
@@ -161,8 +223,9 @@ async def _sample_turn(
         stop_token_ids=workshop.chat.stop_token_ids,
     )
     asked = time.perf_counter()
-    completion = await workshop.engine.generate(prompt, params, attempt.id)
-    message = workshop.chat.parse(completion.ids, attempt.item, f"{attempt.id[-16:]}_{index}")
+    with workshop.waits.on(attempt.id, attempt.item.id, "engine"):
+        completion = await workshop.engine.generate(prompt, params, attempt.id)
+    message = workshop.chat.parse(completion.ids, conversation.item, f"{attempt.id[-16:]}_{index}")
     turn = Turn(
         input_ids=ids,
         output_ids=completion.ids,
@@ -180,20 +243,23 @@ async def _sample_turn(
     return turn
 
 
-async def _call_tools(session: Session | None, calls: list[ToolCall]) -> list[ToolResult]:
+async def _call_tools(
+    attempt: Attempt, workshop: Workshop, session: Session | None, calls: list[ToolCall]
+) -> list[ToolResult]:
     """All calls of a turn at once, results in the order of the calls; the first failure cancels the others."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_call_tool(session, call)) for call in calls]
+            tasks = [group.create_task(_call_tool(attempt, workshop, session, call)) for call in calls]
     except* WorldError as failures:
         raise first_cause(failures) from None
     return [task.result() for task in tasks]
 
 
-async def _call_tool(session: Session | None, call: ToolCall) -> ToolResult:
+async def _call_tool(attempt: Attempt, workshop: Workshop, session: Session | None, call: ToolCall) -> ToolResult:
     if call.error is not None or session is None:
         return ToolResult(call_id=call.call_id, output=f"Error: {call.error or 'there are no tools'}", is_error=True)
-    return await session.call(call)
+    with workshop.waits.on(attempt.id, attempt.item.id, f"tool {call.name}"):
+        return await session.call(call)
 
 
 async def _grade(
@@ -204,9 +270,12 @@ async def _grade(
     if stop_reason.is_truncated and workshop.limits.truncated_grade is not None:
         grade = Grade(score=workshop.limits.truncated_grade)
     else:
-        grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
-    shadows = (_shadow(name, grader, grade, attempt, sample) for name, grader in workshop.shadow_graders.items())
-    await asyncio.gather(*shadows)
+        with workshop.waits.on(attempt.id, attempt.item.id, "grader"):
+            grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
+    if workshop.shadow_graders:
+        shadows = (_shadow(name, grader, grade, attempt, sample) for name, grader in workshop.shadow_graders.items())
+        with workshop.waits.on(attempt.id, attempt.item.id, "shadow graders"):
+            await asyncio.gather(*shadows)
     return grade
 
 

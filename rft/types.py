@@ -96,6 +96,7 @@ class StopReason(StrEnum):
     """Why a rollout ended: a closed set, every rollout has exactly one."""
 
     ANSWERED = "answered"  # a turn without tool calls: the final answer
+    EPISODE_OVER = "episode_over"  # the environment ended it
     MAX_TURNS = "max_turns"
     MAX_TOKENS = "max_tokens"  # a turn, or the whole rollout, met its token limit
     TIME_LIMIT = "time_limit"
@@ -138,6 +139,7 @@ class Turn(Record):
     policy_version: int
     message: Message
     results: list[ToolResult] = Field(default_factory=list)
+    replies: list[Message] = Field(default_factory=list)  # of the environment, to a message without calls
     is_fork: bool = False
     started_s: float = 0.0  # seconds since the rollout started
     sampled_s: float = 0.0  # seconds the engine took
@@ -236,6 +238,7 @@ class Rollout(Record):
     stop_reason: StopReason
     grade: Grade | None = None
     error: str | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)  # how the environment says it went
     started_at: float  # Unix seconds
     duration_s: float
 

@@ -24,9 +24,9 @@ def write(tmp_path: Path, *rows: Any) -> Path:
     return path
 
 
-def error_of(tmp_path: Path, *rows: Any, tool_names: frozenset[str] | None = None) -> str:
+def error_of(tmp_path: Path, *rows: Any, tool_specs: Any = None) -> str:
     with pytest.raises(DataError) as caught:
-        load_items(write(tmp_path, *rows), tool_names)
+        load_items(write(tmp_path, *rows), tool_specs)
     return str(caught.value)
 
 
@@ -36,7 +36,7 @@ def make_items(count: int) -> list[Item]:
 
 def test_a_row_becomes_an_item(tmp_path: Path) -> None:
     row = {"messages": [{"role": "system", "content": "s"}, USER], "tools": [TOOL], "code": "I21.9", "any": {"n": [1]}}
-    (item,) = load_items(write(tmp_path, row), frozenset({"search"}))
+    (item,) = load_items(write(tmp_path, row), {"search": None})
     assert item.id == "train-00001" and item.row == row and item.tool_names == ["search"] and item.parallel_tool_calls
     assert [message.role for message in item.messages] == ["system", "user"]
 
@@ -50,7 +50,7 @@ def test_content_blocks_are_joined(tmp_path: Path) -> None:
 def test_the_hosted_service_normalisation_is_accepted(tmp_path: Path) -> None:
     message = {"role": "developer", "content": "x", "name": None, "refusal": None}
     row = {"messages": [message], "tools": None, "parallel_tool_calls": False}
-    (item,) = load_items(write(tmp_path, row), frozenset())
+    (item,) = load_items(write(tmp_path, row), {})
     assert item.tools == [] and not item.parallel_tool_calls
 
 
@@ -115,7 +115,7 @@ def test_an_error_names_place_and_cure(tmp_path: Path, row: Any, words: str) -> 
 
 
 def test_a_tool_without_endpoint_is_refused(tmp_path: Path) -> None:
-    text = error_of(tmp_path, {"messages": [USER], "tools": [TOOL]}, tool_names=frozenset({"other"}))
+    text = error_of(tmp_path, {"messages": [USER], "tools": [TOOL]}, tool_specs={"other": None})
     assert "search has no endpoint" in text and "add it to environment.tools" in text
 
 
@@ -159,3 +159,10 @@ def test_a_step_larger_than_the_data_repeats_items() -> None:
 def test_overlap_counts_rows_with_the_same_messages() -> None:
     items = make_items(6)
     assert overlap(items[:3], items[2:5]) == 1 and overlap(items[:3], items[3:]) == 0
+
+
+def test_a_row_without_tools_gets_those_whose_spec_is_known(tmp_path: Path) -> None:
+    path = write(tmp_path, {"messages": [USER]}, {"messages": [USER], "tools": []})
+    first, second = load_items(path, {"search": TOOL, "other": None})
+    assert first.tools == [TOOL] and second.tools == []
+    assert "tools" not in first.row

@@ -220,7 +220,8 @@ def test_check_passes_where_somebody_listens() -> None:
 def test_a_served_task_needs_no_urls() -> None:
     async def use() -> None:
         environment = HttpEnvironment(HttpEnvironmentConfig(serve="icd10"))
-        assert environment.tool_names == {"search_codes", "lookup_code"}
+        specs = await environment.discover()
+        assert specs.keys() == {"search_codes", "lookup_code"} and all(specs.values())
         environment.base_url = "http://127.0.0.1:1"
         with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1/(search_codes|lookup_code)"):
             await environment.check()

@@ -141,7 +141,7 @@ def test_the_grader_finds_every_code(index: SearchIndex) -> None:
 
 
 def test_rows_load_and_splits_share_nothing(prepared: Path) -> None:
-    splits = {name: load_items(prepared / f"{name}.jsonl", TASK.tool_names) for name in ("train", "validation", "test")}
+    splits = {name: load_items(prepared / f"{name}.jsonl", TASK.specs) for name in ("train", "validation", "test")}
     assert {name: len(items) for name, items in splits.items()} == {"train": 3850, "validation": 606, "test": 590}
     assert {item.row["chapter"] for item in splits["test"]} == TEST_CHAPTERS
     assert {item.row["chapter"] for item in splits["validation"]} == VALIDATION_CHAPTERS
@@ -151,7 +151,7 @@ def test_rows_load_and_splits_share_nothing(prepared: Path) -> None:
 
 
 def test_the_examples_in_the_prompt_are_calls_the_tool_answers(prepared: Path) -> None:
-    (first, *_) = load_items(prepared / "test.jsonl", TASK.tool_names)
+    (first, *_) = load_items(prepared / "test.jsonl", TASK.specs)
     system, *examples, question = first.messages
     assert system.role == "system" and question.content.endswith(": " + first.row["term"])
     for user, assistant in zip(examples[::2], examples[1::2], strict=True):

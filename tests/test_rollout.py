@@ -13,10 +13,11 @@ from tiny import tiny_tokenizer
 
 from rft.chat import Chat
 from rft.config import RolloutConfig
+from rft.envs import Session, ToolSpecs
 from rft.envs.outage import Outages
 from rft.errors import EngineError, GraderError, ToolError, WorldError
 from rft.rollout import Attempt, Workshop, run_rollout
-from rft.types import Grade, Item, Rollout, StopReason, ToolCall, ToolResult
+from rft.types import Grade, Item, Message, Rollout, StopReason, ToolCall, ToolResult
 
 CALL = '<tool_call>{"name": "search", "arguments": {"query": "mi"}}</tool_call>'
 ROW = {"messages": [{"role": "user", "content": "Heart attack"}]}
@@ -26,13 +27,14 @@ SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"typ
 class RecordingEnvironment:
     """Answers every call by `answer`; knows which sessions are open."""
 
-    tool_names = frozenset({"search"})
-
     def __init__(self, answer: Callable[[ToolCall], str], delay_s: float = 0.0) -> None:
         self.answer, self.delay_s = answer, delay_s
         self.calls: list[tuple[str, ToolCall]] = []
         self.num_open = 0
         self.outages = Outages()
+
+    async def discover(self) -> ToolSpecs:
+        return {"search": SEARCH}
 
     async def check(self) -> None:
         return None
@@ -45,7 +47,7 @@ class RecordingEnvironment:
         return None
 
 
-class RecordingSession:
+class RecordingSession(Session):
     def __init__(self, environment: RecordingEnvironment, rollout_id: str) -> None:
         self.environment, self.rollout_id = environment, rollout_id
 
@@ -272,3 +274,81 @@ def test_the_grade_of_a_truncated_rollout_can_be_fixed() -> None:
     answered = run(a_workshop(say("I21.9"), limits=limits))
     assert answered.grade is not None
     assert answered.grade.score == 1.0
+
+
+class GameSession(RecordingSession):
+    """Speaks first, answers guesses, ends the game when the guess is right."""
+
+    opening = "Guess a number."
+
+    async def reply(self, message: Message) -> list[Message]:
+        self.is_over = message.content == "7"
+        return [] if self.is_over else [Message(role="user", content="Wrong.")]
+
+    def outcome(self) -> dict[str, Any]:
+        return {"reward": float(self.is_over)}
+
+
+class GameEnvironment(RecordingEnvironment):
+    async def open(self, item: Item, rollout_id: str) -> GameSession:
+        self.num_open += 1
+        return GameSession(self, rollout_id)
+
+
+def a_game(*guesses: str, **limits: Any) -> tuple[Rollout, Workshop]:
+    environment = GameEnvironment(lambda call: "")
+    limits = {"max_turns": 3, "max_tokens_per_turn": 400} | limits
+    workshop = a_workshop(say(*guesses), environment=environment, limits=RolloutConfig(**limits))
+    rollout = run(workshop)
+    assert environment.num_open == 0
+    return rollout, workshop
+
+
+def test_an_environment_that_speaks_is_heard_and_may_end_the_rollout() -> None:
+    rollout, workshop = a_game("3", "7")
+    assert rollout.stop_reason is StopReason.EPISODE_OVER and not rollout.stop_reason.is_truncated
+    prompts = [workshop.chat.tokenizer.decode(ids) for _, ids, _ in workshop.engine.requests]
+    assert "Heart attack\n\nGuess a number." in prompts[0] and "Wrong." in prompts[1]
+    assert prompts[1].startswith(prompts[0]), "what was said before is kept as it was"
+    assert rollout.environment == {"reward": 1.0}
+    (sample,) = workshop.grader.samples
+    assert sample["environment"] == {"reward": 1.0}
+    assert [entry["role"] for entry in sample["trace"]] == ["assistant", "user", "assistant"]
+
+
+def test_a_game_that_is_not_won_ends_at_the_limit_of_turns() -> None:
+    rollout, workshop = a_game("3", "4", max_turns=2, last_turn_message="One guess left.")
+    assert rollout.stop_reason is StopReason.MAX_TURNS and rollout.environment == {"reward": 0.0}
+    assert "Wrong.\n\nOne guess left." in workshop.chat.tokenizer.decode(workshop.engine.requests[1][1])
+
+
+class StuckSession(RecordingSession):
+    async def close(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_session_that_does_not_close_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class StuckEnvironment(RecordingEnvironment):
+        async def open(self, item: Item, rollout_id: str) -> StuckSession:
+            return StuckSession(self, rollout_id)
+
+    monkeypatch.setattr("rft.rollout._CLOSE_TIMEOUT_S", 0.05)
+    rollout = run(a_workshop(say("I21.9"), environment=StuckEnvironment(lambda call: "")))
+    assert rollout.stop_reason is StopReason.ANSWERED
+    assert "did not close" in caplog.text
+    caplog.clear()
+
+
+def test_the_waits_of_a_rollout_are_known_and_end_with_it() -> None:
+    seen: list[str] = []
+
+    def answer(call: ToolCall) -> str:
+        seen.extend(f"{wait.rollout_id} {wait.item_id} {wait.what}" for wait in workshop.waits)
+        return "x"
+
+    workshop = a_workshop(say(CALL, "I21.9"), environment=RecordingEnvironment(answer))
+    rollout = run(workshop)
+    assert seen == [f"{rollout.id} x-1 tool search"]
+    assert len(workshop.waits) == 0 and workshop.waits.num_ended == 5  # open, turn, call, turn, grade

@@ -93,6 +93,11 @@ class Task:
     def tool_names(self) -> frozenset[str]:
         return frozenset(tool.name for tool in self.tools)
 
+    @property
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Each tool by its name, as a dataset row carries it."""
+        return {tool.name: tool.spec() for tool in self.tools}
+
 
 def load_task(name: str) -> Task:
     """A task of rft by its name, or your own as `package.module:NAME`. Raises UserError naming the cure."""
