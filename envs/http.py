@@ -22,17 +22,16 @@ from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
 from rft.wire import (
     MAX_BODY_BYTES,
+    Client,
     Reply,
     RetryPolicy,
     WireError,
-    client,
     connection_problem,
     post_json,
     rate_limiter,
     safe_url,
 )
 
-_MAX_CONNECTIONS = 256
 _MAX_OUTAGES = 20  # that one call waits for
 
 
@@ -68,6 +67,7 @@ class HttpEnvironmentConfig(BaseModel):
     type: Literal["http"] = "http"
     serve: str | None = None
     tools: tuple[HttpToolConfig, ...] = ()
+    max_connections: int = Field(default=1024, ge=1, description="calls in flight at once; the others wait")
     outage_limit_s: float = Field(default=600.0, gt=0, description="how long a server may be down before the run ends")
 
     @model_validator(mode="after")
@@ -103,9 +103,7 @@ class HttpEnvironment:
         tools = config.tools or _tools_of(config.serve or "")
         self._tools = {tool.name: tool for tool in tools}
         self._rates = {tool.name: rate_limiter(tool.rate_limit) for tool in tools}
-        # callers wait here, without a running deadline, rather than in the pool, where waiting costs time and CPU
-        self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
-        self._http = client(timeout_s=max(tool.timeout_s for tool in tools), max_connections=_MAX_CONNECTIONS)
+        self._http = Client(max_connections=config.max_connections)
 
     async def discover(self) -> ToolSpecs:
         """The configured names; a task that the run serves also knows the specs."""
@@ -124,7 +122,7 @@ class HttpEnvironment:
 
     async def close(self) -> None:
         await self.outages.close()
-        await self._http.aclose()
+        await self._http.close()
 
     async def post(self, tool: HttpToolConfig, body: bytes) -> Reply:
         """Send one call; the same again, once the server is back, when nothing listens there any more.
@@ -148,17 +146,16 @@ class HttpEnvironment:
         """One call with its retries. Raises WireError when all failed."""
         retry = RetryPolicy(tool.max_attempts, self._retry.first_wait_s, self._retry.max_wait_s)
         headers = {name: value.get_secret_value() for name, value in tool.headers.items()}
-        async with self._slots:
-            reply = await post_json(
-                self._http,
-                self._url(tool),
-                body,
-                headers=headers,
-                timeout_s=tool.timeout_s,
-                retry=retry,
-                problem_of=_problem_of,
-                before_attempt=self._rates[tool.name],
-            )
+        reply = await post_json(
+            self._http,
+            self._url(tool),
+            body,
+            headers=headers,
+            timeout_s=tool.timeout_s,
+            retry=retry,
+            problem_of=_problem_of,
+            before_attempt=self._rates[tool.name],
+        )
         if 300 <= reply.status < 400:
             where = safe_url(self._url(tool))
             cure = "set server_url to the final address; redirects are not followed"

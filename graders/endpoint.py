@@ -17,10 +17,10 @@ from rft.graders.base import BaseGrader, Spec, is_finite
 from rft.types import Grade, Item
 from rft.wire import (
     MAX_BODY_BYTES,
+    Client,
     Reply,
     RetryPolicy,
     WireError,
-    client,
     connection_problem,
     post_json,
     rate_limiter,
@@ -29,7 +29,7 @@ from rft.wire import (
 
 SERVER_ERROR = "endpoint_grader_server_error"
 INTERNAL_ERROR = "endpoint_grader_internal_error"
-_MAX_CONNECTIONS = 64
+_MAX_CONNECTIONS = 256
 
 
 class EndpointSpec(Spec):
@@ -60,7 +60,7 @@ class EndpointGrader(BaseGrader):
 
     def __init__(self, spec: EndpointSpec, retry: RetryPolicy | None = None) -> None:
         self.spec, self._retry = spec, retry or RetryPolicy()
-        self._http = client(timeout_s=spec.timeout_s, max_connections=_MAX_CONNECTIONS)
+        self._http = Client(max_connections=_MAX_CONNECTIONS)
         self._rate = rate_limiter(spec.rate_limit)
 
     async def start(self) -> list[str]:
@@ -98,7 +98,7 @@ class EndpointGrader(BaseGrader):
         return Grade(score=float(reply.json()["score"]), latency_s=reply.latency_s)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
 
 def _problem(reply: Reply) -> str | None:

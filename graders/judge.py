@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rft.errors import GraderError
 from rft.graders.template import check_template, render
 from rft.types import TokenUsage
-from rft.wire import Reply, RetryPolicy, WireError, client, post_json, without_secrets
+from rft.wire import Client, Reply, RetryPolicy, WireError, post_json, without_secrets
 
 SERVER_ERROR = "model_grader_server_error"
 REFUSAL = "model_grader_refusal_error"
@@ -114,7 +113,7 @@ class Judge:
     def __init__(self, name: str, config: JudgeConfig) -> None:
         self.name, self.config = name, config
         self.place = Place(config.url.rstrip("/"), config.model or name) if config.url else None
-        self._http: httpx.AsyncClient | None = None
+        self._http: Client | None = None
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
     async def ask(self, messages: list[dict[str, Any]], schema: dict[str, Any], params: SamplingParams) -> Verdict:
@@ -146,7 +145,7 @@ class Judge:
 
     async def close(self) -> None:
         if self._http is not None:
-            await self._http.aclose()
+            await self._http.close()
             self._http = None
 
     def _body(self, messages: list[dict[str, Any]], schema: dict[str, Any], params: SamplingParams) -> bytes:
@@ -165,11 +164,7 @@ class Judge:
     async def _send(self, body: bytes) -> Reply:
         assert self.place is not None
         if self._http is None:
-            self._http = client(
-                timeout_s=self.config.timeout_s,
-                max_connections=self.config.max_concurrent,
-                socket=self.place.socket,
-            )
+            self._http = Client(max_connections=self.config.max_concurrent, socket=self.place.socket)
         try:
             return await post_json(
                 self._http,
