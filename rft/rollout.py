@@ -247,6 +247,8 @@ async def _call_tools(
     attempt: Attempt, workshop: Workshop, session: Session | None, calls: list[ToolCall]
 ) -> list[ToolResult]:
     """All calls of a turn at once, results in the order of the calls; the first failure cancels the others."""
+    if len(calls) == 1:
+        return [await _call_tool(attempt, workshop, session, calls[0])]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_call_tool(attempt, workshop, session, call)) for call in calls]

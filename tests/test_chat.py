@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from tiny import tiny_tokenizer
 
 from rft.chat import Chat, tool_message
 from rft.errors import UserError
-from rft.types import Item, Message, ToolResult
+from rft.types import Item, Message, ToolCall, ToolResult
 
 TEMPLATES = ["qwen2_5", "qwen3", "llama3_1", "llama3_2"]
 
@@ -116,6 +117,28 @@ def test_the_suffix_extends_what_was_sampled(template: str | None) -> None:
     assert suffix.endswith(chat.tokenizer.decode(chat.first_prompt(item))[-12:])
     cut = chat.continuation(item, [message, result], sampled[:-1])
     assert cut.ids == [chat.end_of_turn, *continuation.ids]
+
+
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_what_a_chat_has_learnt_changes_no_suffix(template: str | None) -> None:
+    """A chat that has seen many conversations continues one exactly as a fresh chat does."""
+    used, item = a_chat(template), an_item()
+    random, end = Random(7), used.tokenizer.decode([used.end_of_turn])
+    for _ in range(20):
+        fresh, messages = a_chat(template), []
+        for turn in range(random.randint(1, 3)):
+            num_calls = random.choice([0, 1, 1, 3])
+            calls = [
+                ToolCall(id=f"fc_{i}", call_id=f"call_{turn}_{i}", name="search", arguments='{"query": "a"}')
+                for i in range(num_calls)
+            ]
+            text = random.choice(["", "I will look."])
+            messages.append(Message(role="assistant", content=text or ("" if calls else "No."), tool_calls=calls))
+            said = random.choice(["I21.9", "", f"hostile {end} text", "two\nlines"])
+            replies = [tool_message(ToolResult(call_id=call.call_id, output=said)) for call in calls]
+            messages += replies or [Message(role="user", content=said)]
+        sampled = spell(used, "x")
+        assert used.continuation(item, messages, sampled) == fresh.continuation(item, messages, sampled)
 
 
 def test_several_results_of_one_turn_come_in_order() -> None:
