@@ -38,7 +38,8 @@ def _decode(text: str) -> _RawCall:
 def _parse_hermes(text: str) -> tuple[str, list[_RawCall]]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times (Qwen, Hermes, generic)."""
     opens, closes = "<tool_call>", "</tool_call>"
-    content, calls, position = "", [], 0
+    content, position = "", 0
+    calls: list[_RawCall] = []
     while (start := text.find(opens, position)) >= 0:
         content += text[position:start]
         end = text.find(closes, start)
