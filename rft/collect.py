@@ -1,19 +1,21 @@
 """MANY rollouts: the groups of one step, sampled concurrently, with discarded rollouts replaced.
 
-Guarantees: a group comes back with exactly the rollouts asked for, in order of attempt, whatever finished first; every
-rollout, discarded ones included, went to `on_rollout` once; when too many are discarded the step ends with the cause.
+Guarantees: a group comes back as soon as it is complete, with exactly the rollouts asked for, in order of attempt,
+whatever finished first; every rollout, discarded ones included, went to `on_rollout` once; when too many are discarded
+the step ends with the cause. Rollouts start in the order of their items, so that a slow one delays no other.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from rft.budget import StepBudget
 from rft.errors import NoProgressError, first_cause
 from rft.rollout import Attempt, Workshop, run_rollout
+from rft.slots import Slots
 from rft.types import Group, Item, Rollout, Split, rollout_id, rollout_seed
 
 _MIN_COUNTED = 8  # below this many a share says nothing
@@ -65,46 +67,77 @@ class Collector:
     run_id: str
     run_seed: int
     on_rollout: Callable[[Rollout], None]
-    _slots: asyncio.Semaphore = field(init=False)
+    slots: Slots = field(init=False)
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.workshop.limits.max_concurrent)
+        self.slots = Slots(self.workshop.engine.max_concurrent, self.workshop.limits.max_concurrent)
 
-    async def collect(self, items: Sequence[Item], split: Split, step: int, rollouts_per_item: int) -> list[Group]:
-        """One group per item, in the order of `items`.
+    async def stream(
+        self, items: Sequence[Item], split: Split, step: int, rollouts_per_item: int
+    ) -> AsyncGenerator[Group]:
+        """One group per item, each as soon as it is complete.
 
         Raises NoProgressError when more than `max_discarded_share` of the rollouts were discarded or more than
         `max_failed_grade_share` of the grades failed, and EngineError when the engine is gone; all other rollouts are
-        cancelled first.
+        cancelled first, as they are when the caller stops reading (`aclose`).
         """
         tally = self._tally(len(items) * rollouts_per_item)
+        finished: asyncio.Queue[Group | None] = asyncio.Queue()
+
+        async def collect_group(item: Item) -> None:
+            finished.put_nowait(await self._group(item, split, step, rollouts_per_item, tally))
+
+        async def collect_all() -> None:
+            async with self._supervised() as tasks:
+                for item in items:
+                    tasks.create_task(collect_group(item))
+
+        work = asyncio.create_task(collect_all())
+        work.add_done_callback(lambda _: finished.put_nowait(None))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                groups = [tasks.create_task(self._group(item, split, step, rollouts_per_item, tally)) for item in items]
-        except BaseExceptionGroup as failures:
-            raise first_cause(failures) from None
-        return [group.result() for group in groups]
+            while (group := await finished.get()) is not None:
+                yield group
+            await work
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+
+    async def collect(self, items: Sequence[Item], split: Split, step: int, rollouts_per_item: int) -> list[Group]:
+        """The groups of `stream`, in the order of `items`. Raises as it does."""
+        async with aclosing(self.stream(items, split, step, rollouts_per_item)) as stream:
+            groups = {group.item.id: group async for group in stream}
+        return [groups[item.id] for item in items]
 
     async def collect_adaptive(
         self, items: Sequence[Item], further: Iterator[Item], step: int, budget: StepBudget
     ) -> list[Group]:
         """Training groups within `budget` (rft/budget.py): of `items`, then of the `further` ones that were tried.
 
-        Groups whose grades do not vary have only their first round. Raises as `collect` does.
+        Groups whose grades do not vary have only their first round. Raises as `stream` does.
         """
         tally = self._tally(budget.total)
+        async with self._supervised() as tasks:
+            groups = await self._first_rounds(items, further, step, budget, tally, tasks)
+            varied = [index for index, group in enumerate(groups) if group.has_signal]
+            seconds = {
+                index: tasks.create_task(self._group(groups[index].item, "train", step, size, tally, round_index=1))
+                for index, size in zip(varied, budget.split_rest(len(varied)), strict=True)
+                if size > 0
+            }
+        return [_joined(group, seconds[i].result()) if i in seconds else group for i, group in enumerate(groups)]
+
+    @asynccontextmanager
+    async def _supervised(self) -> AsyncIterator[asyncio.TaskGroup]:
+        """A task group whose first failure is raised as itself; meanwhile the slots follow the engine's load."""
+        following = asyncio.create_task(self.slots.adapt(self.workshop.engine.load_metrics))
         try:
             async with asyncio.TaskGroup() as tasks:
-                groups = await self._first_rounds(items, further, step, budget, tally, tasks)
-                varied = [index for index, group in enumerate(groups) if group.has_signal]
-                seconds = {
-                    index: tasks.create_task(self._group(groups[index].item, "train", step, size, tally, round_index=1))
-                    for index, size in zip(varied, budget.split_rest(len(varied)), strict=True)
-                    if size > 0
-                }
+                yield tasks
         except BaseExceptionGroup as failures:
             raise first_cause(failures) from None
-        return [_joined(group, seconds[i].result()) if i in seconds else group for i, group in enumerate(groups)]
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
 
     async def _first_rounds(
         self,
@@ -174,14 +207,14 @@ class Collector:
     async def _slot_for(self, attempt: Attempt) -> AsyncIterator[None]:
         """A place among the rollouts in flight, once none of the tools' servers is down."""
         with self.workshop.waits.on(attempt.id, attempt.item.id, "slot"):
-            await self._slots.acquire()
+            await self.slots.acquire()
         try:
             if self.workshop.environment is not None:
                 with self.workshop.waits.on(attempt.id, attempt.item.id, "outage"):
                     await self.workshop.environment.outages.none()
             yield
         finally:
-            self._slots.release()
+            self.slots.release()
 
 
 def _joined(first: Group, second: Group) -> Group:

@@ -45,9 +45,9 @@ class VllmEngineConfig(Config):
     """A vLLM server: given by `url`, or launched by the run as a child process when `url` is null."""
 
     type: Literal["vllm"] = "vllm"
-    url: str | None = None
+    url: str | Annotated[list[str], Field(min_length=1)] | None = None  # several share the rollouts
     max_model_len: int = Field(2048, ge=16)
-    max_concurrent: int = Field(64, ge=1, description="sequences sampled at once")
+    max_concurrent: int = Field(64, ge=1, description="sequences a server samples at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; a GPU uses gpu_memory_share")
     gpu_memory_share: float = Field(0.45, gt=0, le=1)
     start_timeout_s: float = Field(300.0, gt=0)
@@ -88,7 +88,9 @@ class RolloutConfig(Config):
     )
     time_limit_s: float = Field(600.0, gt=0)
     temperature: float = Field(0.8, gt=0, le=2)
-    max_concurrent: int = Field(64, ge=1, description="rollouts in flight")
+    max_concurrent: int = Field(
+        512, ge=1, description="rollouts in flight at most; how many there are follows the engine's queue"
+    )
     max_discarded_share: float = Field(
         0.5, ge=0, le=1, description="of a step's rollouts; beyond it the run stops and names the cause"
     )

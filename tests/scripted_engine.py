@@ -28,6 +28,7 @@ class ScriptedEngine:
     failures: dict[int, EngineError] = field(default_factory=dict)
     policy_version: int = 0
     max_model_len: int = 4096
+    max_concurrent: int = 4096
     on_status: Callable[[str], None] = lambda line: None
     requests: list[tuple[str, list[int], SamplingParams]] = field(default_factory=list)
     num_running: int = 0

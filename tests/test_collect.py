@@ -146,3 +146,39 @@ def test_there_is_no_barrier_between_turns() -> None:
     stuck = asyncio.run(go())
     assert len(finished) == 6
     assert finished[-1] == stuck
+
+
+def test_groups_stream_out_as_they_finish() -> None:
+    """The group of a stuck rollout comes last, the others are there before it is freed."""
+
+    async def go() -> list[str]:
+        workshop = a_workshop(say("I21.9"))
+        engine = GatedEngine(workshop.chat, say("I21.9"))
+        collector, _ = a_collector(dataclasses.replace(workshop, engine=engine))
+        seen: list[str] = []
+        async for group in collector.stream([an_item(id=f"x-{index}") for index in range(3)], "train", 1, 2):
+            seen.append(group.item.id)
+            if len(seen) == 2:
+                engine.gate.set()
+        return seen
+
+    seen = asyncio.run(asyncio.wait_for(go(), 5))
+    assert seen[-1] == "x-0" and sorted(seen) == ["x-0", "x-1", "x-2"]
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind() -> None:
+    environment = RecordingEnvironment(lambda call: "x", delay_s=30)
+
+    async def go() -> None:
+        workshop = a_workshop(lambda prompt, rollout_id, turn: CALL if "x-1" in prompt else "I21.9")
+        items = [an_item(id="x-0"), an_item(id="x-1", messages=[{"role": "user", "content": "x-1"}])]
+        collector, _ = a_collector(dataclasses.replace(workshop, environment=environment))
+        stream = collector.stream(items, "train", 1, 2)
+        assert (await anext(stream)).item.id == "x-0"
+        assert environment.num_open == 2
+        await stream.aclose()
+        assert environment.num_open == 0 and collector.slots.num_taken == 0
+        assert len(collector.workshop.waits) == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(go())

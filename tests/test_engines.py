@@ -362,10 +362,8 @@ class FaultyVllm:
 def ask_faulty(*replies: int | str, **changes: Any) -> tuple[Completion, list[dict[str, Any]]]:
     async def ask() -> tuple[Completion, list[dict[str, Any]]]:
         async with FaultyVllm(*replies) as server:
-            config = VllmEngineConfig(url=server.url, max_model_len=64, request_timeout_s=5.0).model_copy(
-                update=changes
-            )
-            engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"))
+            config = VllmEngineConfig(max_model_len=64, request_timeout_s=5.0).model_copy(update=changes)
+            engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"), url=server.url)
             try:
                 await engine.start()
                 return await engine.generate([1, 2], sampling(temperature=0.7, stop=(4,)), "trace_1"), server.bodies
@@ -413,8 +411,8 @@ def test_server_with_a_smaller_context_is_refused() -> None:
 
 
 def test_url_where_nobody_listens() -> None:
-    config = VllmEngineConfig(url="http://127.0.0.1:9")
-    engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"))
+    model = ModelConfig(path=Path("m"))
+    engine = VllmEngine(VllmEngineConfig(), model, Path("unused.log"), url="http://127.0.0.1:9")
     with pytest.raises(EngineError, match=r"http://127.0.0.1:9(.|\n)*engine.url") as failure:
         asyncio.run(asyncio.wait_for(engine.start(), 20))
     assert not failure.value.retryable

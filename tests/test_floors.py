@@ -18,7 +18,7 @@ FLOORS = {
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.budget",
-    5: "rft.rollout rft.trainers",
+    5: "rft.rollout rft.slots rft.trainers",
     6: "rft.collect rft.evaluate",
     7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export rft.assembly rft.regrade",
     8: "rft.job",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rft.config import ModelConfig, TransformersEngineConfig
 from rft.engines import PublishedWeights
+from rft.engines.pool import EnginePool
 from rft.engines.transformers import TransformersEngine
 from rft.errors import StorageError, SyncError
 from rft.trainers.sync import ProbeResult, Sync
@@ -105,6 +106,20 @@ def test_one_lost_sync_is_found_however_small_the_step(rig: Rig, folder: Path, s
     rig.load(PublishedWeights(1, folder))  # says that it loaded version 1, and has the old weights
     with pytest.raises(SyncError, match="still computes with policy version 0 instead of 1"):
         rig.probe()
+
+
+def test_every_engine_of_several_is_probed(rig: Rig, folder: Path) -> None:
+    second = TransformersEngine(TransformersEngineConfig(max_model_len=128), ModelConfig(path=folder, dtype="float32"))
+    rig.runner.run(second.start())
+    pool = EnginePool([rig.engine, second])
+    rig.policy.move(0.3)
+    weights = rig.sync.publish(rig.policy, 1)
+    rig.load(weights)
+    with pytest.raises(SyncError, match="log-probabilities differ"):
+        rig.runner.run(rig.sync.probe(rig.policy, pool, PROMPTS))
+    rig.runner.run(second.load(weights))
+    assert rig.runner.run(rig.sync.probe(rig.policy, pool, PROMPTS)).max_gap < 1e-4
+    rig.runner.run(second.close())
 
 
 def test_unmoved_policy_is_no_lost_sync(rig: Rig) -> None:

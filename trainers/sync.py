@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rft.engines import Engine, PublishedWeights, sync_kind
+from rft.engines.pool import EnginePool
 from rft.errors import StorageError, SyncError
 
 _NUM_KEPT = 2
@@ -81,7 +82,7 @@ class Sync:
     ) -> None:
         self.kind = sync_kind(mode, device_type)
         self._folder, self._base, self._dtype = folder, base, dtype
-        self._canary: _Scores | None = None
+        self._canaries: dict[int, _Scores] = {}  # by engine
 
     def publish(self, policy: PublishedPolicy, version: int) -> PublishedWeights:
         """Write the weights as `folder/v000012`. Raises StorageError when the disk refuses."""
@@ -114,12 +115,18 @@ class Sync:
     async def probe(self, policy: PublishedPolicy, engine: Engine, prompts: list[list[int]]) -> ProbeResult:
         """Compare engine and trainer on `prompts` (ids, each of at least two; long ones are cut to their end).
 
-        Raises SyncError naming version and gap when the engine does not compute with the trainer's weights.
+        Of several engines each is compared, and the largest gaps are returned. Raises SyncError naming version and
+        gap when one does not compute with the trainer's weights.
         """
         limit = min(_MAX_SCORED, engine.max_model_len - 1)
         sequences = [ids[-limit:] for ids in prompts if len(ids) > 1]
         if not sequences:
             raise ValueError("a probe needs at least one sequence of two ids")
+        members = engine.members if isinstance(engine, EnginePool) else [engine]
+        results = [await self._probe_one(policy, member, sequences) for member in members]
+        return ProbeResult(max(result.mean_gap for result in results), max(result.max_gap for result in results))
+
+    async def _probe_one(self, policy: PublishedPolicy, engine: Engine, sequences: list[list[int]]) -> ProbeResult:
         scores = [await _score(policy, engine, ids) for ids in sequences]
         gaps = [abs(a - b) for each in scores for a, b in zip(each.engine, each.trainer, strict=True)]
         result = ProbeResult(sum(gaps) / len(gaps), max(gaps))
@@ -130,10 +137,11 @@ class Sync:
                 f" from the trainer's by {result.mean_gap:.3g} on average (limit {bound:g}, top {result.max_gap:.2g})",
                 cure="check that the engine serves this model, in this dtype, without quantization",
             )
-        before = self._canary
-        self._canary = await _score(policy, engine, before.ids if before else sequences[0][:_MAX_CANARY])
+        before = self._canaries.get(id(engine))
+        now = await _score(policy, engine, before.ids if before else sequences[0][:_MAX_CANARY])
+        self._canaries[id(engine)] = now
         if before is not None:
-            _check_moved(before, self._canary)
+            _check_moved(before, now)
         return result
 
 

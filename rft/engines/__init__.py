@@ -60,6 +60,7 @@ class Engine(Protocol):
 
     policy_version: int
     max_model_len: int  # prompt and completion together
+    max_concurrent: int  # sequences sampled at once
     on_status: Callable[[str], None]  # gets a short line now and then while `start` runs
 
     async def start(self) -> None:
@@ -98,10 +99,13 @@ def sync_kind(mode: Literal["auto", "adapter", "merged"], device_type: str = "")
 def build_engine(config: RunConfig, log_path: Path) -> Engine:
     """The engine that `config.engine.type` names, imported when used; a launched server logs to `log_path`."""
     if config.engine.type == "vllm":
+        from rft.engines.pool import EnginePool
         from rft.engines.vllm import VllmEngine
 
-        uses_adapters = sync_kind(config.training.sync) == "adapter"
-        return VllmEngine(config.engine, config.model, log_path, config.model.lora.rank if uses_adapters else None)
+        rank = config.model.lora.rank if sync_kind(config.training.sync) == "adapter" else None
+        urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
+        engines = [VllmEngine(config.engine, config.model, log_path, rank, url=url) for url in urls]
+        return engines[0] if len(engines) == 1 else EnginePool(engines)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)

@@ -42,6 +42,7 @@ class TransformersEngine:
 
     def __init__(self, config: TransformersEngineConfig, model: ModelConfig) -> None:
         self.policy_version = 0
+        self.max_concurrent = config.max_concurrent
         self.max_model_len = config.max_model_len
         self.on_status: Callable[[str], None] = lambda _: None
         self._config, self._model_config = config, model

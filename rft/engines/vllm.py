@@ -1,4 +1,4 @@
-"""Sampling with a vLLM server over HTTP: launched by us, or given by `config.url`.
+"""Sampling with a vLLM server over HTTP: launched by us, or given by its URL.
 
 Guarantees: a completion is sampled from one policy version, the one it names; its log-probabilities are those of the
 server's own sampling distribution; every wait has a deadline; the server and everything it started ends with us.
@@ -37,12 +37,20 @@ _NUM_KEPT_ADAPTERS = 2
 
 
 class VllmEngine:
-    """The engine `vllm`. `max_lora_rank` makes a launched server accept adapters."""
+    """The engine `vllm`. `url`: of a given server; one is launched without. `max_lora_rank`: it accepts adapters."""
 
     def __init__(
-        self, config: VllmEngineConfig, model: ModelConfig, log_path: Path, max_lora_rank: int | None = None
+        self,
+        config: VllmEngineConfig,
+        model: ModelConfig,
+        log_path: Path,
+        max_lora_rank: int | None = None,
+        *,
+        url: str | None = None,
     ) -> None:
         self.policy_version = 0
+        self._url = url
+        self.max_concurrent = config.max_concurrent
         self.max_model_len = config.max_model_len
         self.on_status: StatusCallback = logger.debug
         self._config, self._model, self._log_path, self._max_lora_rank = config, model, log_path, max_lora_rank
@@ -50,6 +58,7 @@ class VllmEngine:
         self._http: aiohttp.ClientSession | None = None
         self._base_name = self._model_name = MODEL_NAME
         self._adapters: list[str] = []
+        self._num_asked = 0  # completions that somebody waits for
         self._limit = asyncio.Semaphore(config.max_concurrent)
         self._gate = Gate()
 
@@ -58,9 +67,9 @@ class VllmEngine:
 
         Raises EngineError quoting the server's log. `on_status` gets a line several times a second meanwhile.
         """
-        if self._config.url is None:
+        if self._url is None:
             self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank)
-        self._http = _session(self._config, self._server)
+        self._http = _session(self._url, self._server)
         if self._server is not None:
             await wait_until_ready(self._server, self._http, self._config.start_timeout_s, self.on_status)
         served = json.loads(await self._send("GET", "/v1/models"))["data"][0]
@@ -93,10 +102,18 @@ class VllmEngine:
             "logprobs": 0,
             **_PLAIN_SAMPLING,
         }
+        self._num_asked += 1
+        try:
+            reply, version = await self._complete(body)
+        finally:
+            self._num_asked -= 1
+        return _completion(reply["choices"][0], version)
+
+    async def _complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The server's reply and the policy version it was sampled from."""
         async with self._limit, self._gate.request():
             version, body["model"] = self.policy_version, self._model_name
-            reply = await self._post("/v1/completions", body)
-        return _completion(reply["choices"][0], version)
+            return await self._post("/v1/completions", body), version
 
     async def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`; start >= 1, len(ids) < max_model_len.
@@ -148,9 +165,10 @@ class VllmEngine:
 
     async def load_metrics(self) -> EngineLoad:
         values = _gauges((await self._send("GET", "/metrics")).decode())
+        num_running = int(values.get("vllm:num_requests_running", 0))
         return EngineLoad(
-            num_running=int(values.get("vllm:num_requests_running", 0)),
-            num_waiting=int(values.get("vllm:num_requests_waiting", 0)),
+            num_running=num_running,
+            num_waiting=max(int(values.get("vllm:num_requests_waiting", 0)), self._num_asked - num_running),
             kv_cache_use=values.get("vllm:kv_cache_usage_perc", 0.0),
         )
 
@@ -203,7 +221,7 @@ class VllmEngine:
             ) from None
         raise EngineError(
             f"{self._place}{path} failed {num_attempts} times, last: {failure}",
-            cure="check that the server runs and engine.url is right" if self._config.url else f"read {self._log_path}",
+            cure="check that the server runs and engine.url is right" if self._url else f"read {self._log_path}",
         )
 
     async def _failure(self, path: str, status: int, content: bytes) -> str:
@@ -224,7 +242,7 @@ class VllmEngine:
 
     @property
     def _place(self) -> str:
-        return self._config.url.rstrip("/") if self._config.url else "the vLLM server: "
+        return self._url.rstrip("/") if self._url else "the vLLM server: "
 
 
 # Sent with every request: a server's own defaults (from the model folder) must not shape the distribution.
@@ -240,7 +258,7 @@ _PLAIN_SAMPLING: dict[str, Any] = {
 }
 
 
-def _session(config: VllmEngineConfig, server: ServerProcess | None) -> aiohttp.ClientSession:
+def _session(url: str | None, server: ServerProcess | None) -> aiohttp.ClientSession:
     # connections are dropped after 4 s without use, before a server with default settings (5 s) closes them under us
     if server is not None:
         connector: aiohttp.BaseConnector = aiohttp.UnixConnector(
@@ -248,7 +266,7 @@ def _session(config: VllmEngineConfig, server: ServerProcess | None) -> aiohttp.
         )
     else:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-    base_url = (config.url or "http://engine").rstrip("/").removesuffix("/v1") + "/"
+    base_url = (url or "http://engine").rstrip("/").removesuffix("/v1") + "/"
     return aiohttp.ClientSession(base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None, connect=30))
 
 
