@@ -124,7 +124,7 @@ class HttpEnvironment:
         await self.outages.close()
         await self._http.close()
 
-    async def post(self, tool: HttpToolConfig, body: bytes) -> Reply:
+    async def post(self, tool: HttpToolConfig, call_id: str, body: bytes) -> Reply:
         """Send one call; the same again, once the server is back, when nothing listens there any more.
 
         Raises ToolError when the server failed for good, NoProgressError when it stays away too long.
@@ -133,7 +133,7 @@ class HttpEnvironment:
         for _ in range(_MAX_OUTAGES):
             await self.outages.over(safe_url(url))
             try:
-                return await self._send(tool, body)
+                return await self._send(tool, call_id, body)
             except WireError as error:
                 failure = ToolError(f"tool {tool.name}: {error.problem}")
                 if not error.is_unreachable:
@@ -142,7 +142,7 @@ class HttpEnvironment:
                 self.outages.report(safe_url(url), partial(connection_problem, url))
         raise failure
 
-    async def _send(self, tool: HttpToolConfig, body: bytes) -> Reply:
+    async def _send(self, tool: HttpToolConfig, call_id: str, body: bytes) -> Reply:
         """One call with its retries. Raises WireError when all failed."""
         retry = RetryPolicy(tool.max_attempts, self._retry.first_wait_s, self._retry.max_wait_s)
         headers = {name: value.get_secret_value() for name, value in tool.headers.items()}
@@ -153,7 +153,7 @@ class HttpEnvironment:
             headers=headers,
             timeout_s=tool.timeout_s,
             retry=retry,
-            problem_of=_problem_of,
+            problem_of=partial(_problem_of, call_id),
             before_attempt=self._rates[tool.name],
         )
         if 300 <= reply.status < 400:
@@ -199,7 +199,7 @@ class HttpSession(Session):
         body = json.dumps(self._request(call), ensure_ascii=False).encode("utf-8", errors="replace")
         if len(body) > MAX_BODY_BYTES:
             return ToolResult(call_id=call.call_id, output=_too_large("request", call.name), is_error=True)
-        reply = await self._environment.post(tool, body)
+        reply = await self._environment.post(tool, call.call_id, body)
         output, is_error = _read(reply, call.name)
         return ToolResult(
             call_id=call.call_id,
@@ -241,12 +241,16 @@ def _output_of(reply: Reply) -> str | None:
     return output.encode("utf-8", errors="replace").decode()  # half a surrogate pair could not be written anywhere
 
 
-def _problem_of(reply: Reply) -> str | None:
-    """Why a success is none: only a string `output` is an answer."""
-    if reply.is_too_large or not 200 <= reply.status < 300 or _output_of(reply) is not None:
+def _problem_of(call_id: str, reply: Reply) -> str | None:
+    """Why a success is none: only a string `output` is an answer, and not one that says it belongs to another call."""
+    if reply.is_too_large or not 200 <= reply.status < 300:
         return None
-    kind = "is not JSON" if reply.json() is None else 'has no string "output"'
-    return f"the answer (HTTP {reply.status}) {kind}"
+    if _output_of(reply) is None:
+        kind = "is not JSON" if reply.json() is None else 'has no string "output"'
+        return f"the answer (HTTP {reply.status}) {kind}"
+    if reply.json().get("call_id", call_id) not in (call_id, None):
+        return f"the answer (HTTP {reply.status}) is to another call (its call_id is not the one that was sent)"
+    return None
 
 
 def _read(reply: Reply, name: str) -> tuple[str, bool]:

@@ -87,7 +87,7 @@ class FaultyToolServer(LoopbackServer):
     """A tool server whose behaviour is scripted by tool: `behaviours[name]` is one word of these.
 
     ok, slow:SECONDS, hang, 400, 404, 4xx_output, 500_once, 500, half_closed, drop_once, invalid_json, no_output,
-    too_large, too_large_400, redirect, surrogate.
+    too_large, too_large_400, redirect, surrogate, wrong_call_id, 413.
     """
 
     def __init__(self, behaviours: dict[str, str]) -> None:
@@ -115,8 +115,10 @@ class FaultyToolServer(LoopbackServer):
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
         elif kind == "500" or (kind == "500_once" and is_first):
             _write(writer, 500, {"error": "the database is gone"})
-        elif kind in ("400", "404"):
+        elif kind in ("400", "404", "413"):
             _write(writer, int(kind), {"error": f"refused with {kind}"})
+        elif kind == "wrong_call_id":
+            _write(writer, 200, {**ok, "call_id": "call_of_another", "output": "an answer to another call"})
         elif kind == "redirect":
             _write(writer, 302, {}, "location: http://127.0.0.1:1/elsewhere\r\n")
         elif kind == "invalid_json":

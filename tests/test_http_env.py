@@ -99,6 +99,7 @@ def test_a_transient_failure_is_retried_with_the_same_call_id(behaviour: str) ->
         ("half_closed", "connection broke"),
         ("invalid_json", "is not JSON"),
         ("no_output", 'no string "output"'),
+        ("wrong_call_id", "is to another call"),
     ],
 )
 def test_a_lasting_failure_discards_the_rollout_after_all_attempts(behaviour: str, words: str) -> None:
