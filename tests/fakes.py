@@ -38,6 +38,9 @@ class LoopbackServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End it, with all its connections; safe to call twice."""
+        if not self._thread.is_alive():
+            return
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
@@ -65,8 +68,8 @@ class LoopbackServer:
         self.max_concurrent = max(self.max_concurrent, self._num_open)
         try:
             await self._answer(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client hung up, as clients with a deadline do
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client hung up, as clients with a deadline do; or the server ends
         finally:
             self._num_open -= 1
             self._connections.discard(task)

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 from scripted_engine import ScriptedEngine
-from test_rollout import say
+from test_collect import a_collector, collect
+from test_rollout import CALL, a_workshop, say
 from tiny import tiny_tokenizer
 
 from rft.chat import Chat
 from rft.engines import PublishedWeights, SamplingParams
 from rft.engines.pool import EnginePool
 from rft.errors import EngineError
-from tests.test_collect import a_collector, collect
-from tests.test_rollout import CALL, a_workshop
 
 PARAMS = SamplingParams(max_tokens=8, temperature=1.0, seed=0, stop_token_ids=())
 
