@@ -115,10 +115,11 @@ class DyingEngine(ScriptedEngine):
 
 def observe(fault: Fault) -> Seen:
     """Sample one step under the fault, and look what is left afterwards."""
-    return asyncio.run(asyncio.wait_for(_observe(fault), 60))
+    return asyncio.run(_observe(fault))
 
 
 async def _observe(fault: Fault) -> Seen:
+    before = asyncio.all_tasks()
     server = VictimServer({"search": fault.behaviour})
     sockets = _sockets()
     with server:
@@ -133,7 +134,7 @@ async def _observe(fault: Fault) -> Seen:
         groups, ending, started = [], "goes on", time.perf_counter()
         restarted = asyncio.create_task(_restart(server, environment)) if fault.restarts else None
         try:
-            groups = await collector.collect(items, "train", 1, SIZE)
+            groups = await asyncio.wait_for(collector.collect(items, "train", 1, SIZE), 60)
         except EngineError as error:
             ending = f"ends: {error.problem}"
         seconds = time.perf_counter() - started
@@ -143,7 +144,7 @@ async def _observe(fault: Fault) -> Seen:
             await shop.engine.close()
         for each in servers[1:]:
             each.__exit__()
-    return _seen(servers, seen, groups, ending, seconds, await _leaks(sockets))
+    return _seen(servers, seen, groups, ending, seconds, await _leaks(before, sockets))
 
 
 def _engine(fault: Fault, engine: ScriptedEngine) -> EnginePool | ScriptedEngine:
@@ -212,12 +213,12 @@ def _sockets() -> set[str]:
     return found
 
 
-async def _leaks(before: set[str]) -> list[str]:
+async def _leaks(tasks_before: set[Any], sockets_before: set[str]) -> list[str]:
     """Tasks and sockets that the step left behind."""
     await asyncio.sleep(0)  # transports close in the next round of the loop
     await asyncio.sleep(0)
-    tasks = [str(task.get_coro()) for task in asyncio.all_tasks() if "observe" not in str(task.get_coro())]
-    return [*tasks, *(_sockets() - before)]
+    tasks = [str(task.get_coro()) for task in asyncio.all_tasks() - tasks_before]
+    return [*tasks, *(_sockets() - sockets_before)]
 
 
 def table(measure: Callable[[Fault], Seen] = observe) -> str:
