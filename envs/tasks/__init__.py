@@ -7,15 +7,17 @@ written for the model.
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rft.errors import UserError
 
@@ -27,40 +29,60 @@ class ArgumentError(Exception):
 
 
 class Tool:
-    """A Python function as a tool: type hints and docstring are its schema, its result is text for the model.
+    """A Python function, sync or async, as a tool: type hints and docstring are its schema.
 
-    Parameters take `Annotated[T, Field(description=...)]`. The function may raise ArgumentError; anything else it
-    raises is a failure of the tool.
+    Parameters take `Annotated[T, Field(description=...)]`, or are described in the docstring (Google, numpy or reST
+    style). The function may raise ArgumentError; anything else it raises is a failure of the tool.
     """
 
-    def __init__(self, function: Callable[..., str]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name: str = function.__name__
 
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    @cached_property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """By name. Raises TypeError for a function whose calls have no schema."""
+        parameters = inspect.signature(self.function, eval_str=True).parameters
+        for parameter in parameters.values():
+            if parameter.kind not in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
+                raise TypeError(f"{self.name}: {parameter} cannot be a parameter of a tool")
+            if parameter.annotation is inspect.Parameter.empty:
+                raise TypeError(f"{self.name}: the parameter {parameter.name} has no type hint")
+        return dict(parameters)
+
     @cached_property
     def _arguments(self) -> type[BaseModel]:
-        parameters = inspect.signature(self.function, eval_str=True).parameters.values()
-        fields: dict[str, Any] = {
-            parameter.name: (
-                parameter.annotation,
-                ... if parameter.default is inspect.Parameter.empty else parameter.default,
-            )
-            for parameter in parameters
-        }
+        fields: dict[str, Any] = {}
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            # under a name of ours: pydantic keeps some (`copy`, `_x`) for itself
+            fields[f"argument_{index}"] = (Annotated[parameter.annotation, Field(alias=name)], default)
         return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
 
     def spec(self) -> dict[str, Any]:
         """The tool as a dataset row carries it in `tools`."""
+        from docstring_parser import parse
+
+        doc = parse(inspect.getdoc(self.function) or "")
+        parameters = _without_titles(self._arguments.model_json_schema())
+        for described in doc.params:
+            schema = parameters["properties"].get(described.arg_name)
+            if schema is not None and described.description:
+                schema.setdefault("description", " ".join(described.description.split()))
         function = {
             "name": self.name,
-            "description": " ".join((inspect.getdoc(self.function) or "").split()),
-            "parameters": _without_titles(self._arguments.model_json_schema()),
+            "description": " ".join(f"{doc.short_description or ''} {doc.long_description or ''}".split()),
+            "parameters": parameters,
             "strict": True,
         }
         return {"type": "function", "function": function}
 
-    def run(self, arguments_json: str) -> str:
-        """Validate the arguments and run the function. Raises ArgumentError for what the model must repair."""
+    def arguments(self, arguments_json: str) -> dict[str, Any]:
+        """The validated keyword arguments. Raises ArgumentError for what the model must repair."""
         try:
             arguments = json.loads(arguments_json)
         except (ValueError, RecursionError) as error:
@@ -71,7 +93,18 @@ class Tool:
             checked = self._arguments.model_validate(arguments)
         except ValidationError as error:
             raise ArgumentError(_explain(error)) from None
-        return self.function(**{name: getattr(checked, name) for name in type(checked).model_fields})
+        return {name: getattr(checked, f"argument_{index}") for index, name in enumerate(self._parameters)}
+
+    def run(self, arguments_json: str) -> Any:
+        """Validate the arguments and run the function, an async one on a loop of its own. Raises ArgumentError."""
+        result = self.function(**self.arguments(arguments_json))
+        return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+    def bound_to(self, owner: object) -> Tool:
+        """This method of a class as the tool of one instance, with the same schema."""
+        tool = copy.copy(self)
+        tool.function = getattr(owner, self.name)
+        return tool
 
 
 def _nothing() -> None:
