@@ -14,12 +14,16 @@ from typing import Annotated
 from pydantic import Field
 
 from rft.envs.base import Environment, Session, ToolSpecs
+from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
 
 __all__ = ["Environment", "EnvironmentConfig", "Session", "ToolSpecs", "build_environment", "discover_tools"]
 
-EnvironmentConfig = Annotated[HttpEnvironmentConfig | PythonEnvironmentConfig, Field(discriminator="type")]
+EnvironmentConfig = Annotated[
+    FunctionsEnvironmentConfig | HttpEnvironmentConfig | PythonEnvironmentConfig,
+    Field(discriminator="type"),
+]
 
 
 def build_environment(config: EnvironmentConfig) -> Environment:
@@ -28,6 +32,10 @@ def build_environment(config: EnvironmentConfig) -> Environment:
         from rft.envs.http import HttpEnvironment
 
         return HttpEnvironment(config)
+    if isinstance(config, FunctionsEnvironmentConfig):
+        from rft.envs.functions import FunctionsEnvironment
+
+        return FunctionsEnvironment(config)
     from rft.envs.python import PythonEnvironment
 
     return PythonEnvironment(config)
