@@ -422,7 +422,7 @@ def test_an_ordinary_user_is_protected_as_well(tmp_path: Path) -> None:
         pytest.skip("needs root, setpriv and a system Python to become another user")
     folder = tempfile.mkdtemp(dir="/tmp")
     try:
-        for name in ("worker.py", "isolation.py", "scratch.py"):
+        for name in ("worker.py", "isolation.py", "scratch.py", "tree.py"):
             shutil.copy(Path(sandbox_package.__file__).parent / name, folder)
         os.chmod(folder, 0o777)
         user = [setpriv, "--reuid", "1234", "--regid", "1234", "--clear-groups"]

@@ -44,6 +44,10 @@ class SandboxError(WorldError):
     """The sandbox itself failed: a worker did not start, or was killed from outside."""
 
 
+class KilledError(SandboxError):
+    """A call was killed, by the system for memory or by its own code; the worker lives."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one call may use. `cpu_s` follows from the wall time and two cores."""
@@ -153,16 +157,18 @@ class Sandbox:
             if "error" in hello:
                 raise SandboxError(f"a sandbox worker cannot shut itself in: {hello['error']}")
             self.protection = worker.protection = hello["protection"]
+            if hello["has_own_files"]:  # its files are in memory: only the place where they were mounted is left
+                worker.scratch.cleanup()
             worker.load_error = await self._load_error(worker)
         except BaseException:  # also cancellation: no process may be left
             await self._put_back(worker, is_usable=False)
             raise
         return worker
 
-    async def _hello(self, worker: _Worker) -> dict[str, Any]:
-        """The first frame. What fails before it is the sandbox's failure, what fails after it the source's."""
+    def _settings(self) -> dict[str, Any]:
+        """What a worker is told before anything else."""
         limits = self._limits
-        settings = {
+        return {
             "source": self._source,
             "function": self._function,
             "wall_s": limits.wall_s,
@@ -170,9 +176,12 @@ class Sandbox:
             "memory_bytes": limits.memory_bytes,
             "disk_bytes": limits.disk_bytes,
         }
+
+    async def _hello(self, worker: _Worker) -> dict[str, Any]:
+        """The first frame. What fails before it is the sandbox's failure, what fails after it the source's."""
         try:
             async with asyncio.timeout(START_S):
-                await _send(worker.writer, settings)
+                await _send(worker.writer, self._settings())
                 return await _receive(worker.reader)
         except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
             cure = f"run `{sys.executable} -I {WORKER.name}` to see why, or raise memory_bytes"
@@ -193,7 +202,7 @@ def _value_of(reply: dict[str, Any]) -> Any:
     if "value" in reply:
         return reply["value"]
     if reply["error"] == "killed":
-        raise SandboxError("a call was killed from outside, probably for memory", retryable=True)
+        raise KilledError("a call was killed from outside, probably for memory", retryable=True)
     raise CodeError(reply["error"], str(reply.get("detail")))
 
 

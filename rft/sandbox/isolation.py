@@ -14,7 +14,12 @@ import signal
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rft.sandbox.tree import LAYERS, LIBC, MNT_DETACH, TREE, mount, show_read_only, show_writable
+else:
+    from tree import LAYERS, LIBC, MNT_DETACH, TREE, mount, show_read_only, show_writable
 
 MAX_PROCESSES = 64
 MAX_OPEN_FILES = 256
@@ -39,13 +44,12 @@ MOUNT_FLAGS = {  # a bind mount must keep these of what it shows, or an unprivil
     "nodiratime": 2048,
     "relatime": 1 << 21,
 }
-MNT_DETACH = 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41}  # glibc has no function for this system call
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-WRITABLE = "/scratch"  # the only place of the new tree that can be written; /tmp and /dev/shm lead there
-LIBC = ctypes.CDLL(None, use_errno=True)
+LINKS = {"/dev/fd": "fd", "/dev/stdin": "fd/0", "/dev/stdout": "fd/1", "/dev/stderr": "fd/2"}  # into /proc/self
+WRITABLE = "/scratch"  # of the new tree it can be written, and a writable TREE; /tmp and /dev/shm lead there
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,18 @@ class Protection:
     has_own_files: bool
     has_own_user: bool
     is_process_count_limited: bool
+    max_processes: int = MAX_PROCESSES
+    tree: str = ""  # how the folder that the code works in is shown
 
     def in_words(self, settings: dict[str, Any]) -> str:
         memory, disk = f"{settings['memory_bytes'] / 2**30:.3g} GiB", f"{settings['disk_bytes'] / 2**30:.3g} GiB"
         network = "none" if self.is_init else "NOT isolated (the kernel refuses namespaces)"
         processes = "own namespace" if self.is_init else "NOT isolated"
-        count = f"at most {MAX_PROCESSES}" if self.is_process_count_limited else "number NOT limited"
+        count = f"at most {self.max_processes}" if self.is_process_count_limited else "number NOT limited"
         user = "an unprivileged one of its own" if self.has_own_user else "the one who runs rft"
         if self.has_own_files:
             files = "own tree, nothing of the user's in it"
+            files += f" but {settings['tree']['folder']} ({self.tree})" if self.tree else ""
         elif self.has_own_user:
             files = "read as rft's user (NOT isolated), written only where everyone may"
         else:
@@ -77,15 +84,22 @@ class Protection:
 
 
 def isolate(settings: dict[str, Any]) -> Protection:
-    """Shut this process in. Raises OSError when Python itself would be out of reach inside."""
+    """Shut this process in. Raises OSError when Python itself would be out of reach inside.
+
+    With a folder to show in `settings["tree"]` it is raised, too, when there can be no file tree of its own.
+    """
     is_root = os.geteuid() == 0
+    uid = new_user_id() if is_root else None
     has_namespaces, has_user_namespace = unshare()
     if has_namespaces:
         become_init(settings["memory_bytes"])
-    has_own_files = has_namespaces and build_tree(settings["disk_bytes"])
+    elif settings.get("tree"):
+        raise PermissionError("the kernel refuses namespaces, without which nothing would be protected")
+    shown = build_tree(settings, uid) if has_namespaces else None
+    has_own_files = shown is not None
     if has_user_namespace:
         set_capabilities(0)  # what it gave (mounts, interfaces) is not for the code we run
-    has_own_user = is_root and drop_user(keep_reading=not has_own_files)
+    has_own_user = uid is not None and drop_user(uid, keep_reading=not has_own_files)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
     LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the code's processes have our user id: they must not trace us
@@ -93,7 +107,8 @@ def isolate(settings: dict[str, Any]) -> Protection:
         raise PermissionError(f"{os.path.dirname(os.__file__)} cannot be read by other users: chmod -R a+rX it")
     is_limited = has_own_user or (has_user_namespace and not is_root)  # root is exempt from the limit
     set_limits(settings, is_limited, is_watched=has_own_files)
-    return Protection(has_namespaces, has_own_files, has_own_user, is_limited)
+    max_processes = settings.get("max_processes", MAX_PROCESSES)
+    return Protection(has_namespaces, has_own_files, has_own_user, is_limited, max_processes, shown or "")
 
 
 # --- namespaces ------------------------------------------------------------------------------------------------------
@@ -147,38 +162,52 @@ def resident_bytes(proc: int, pid: int) -> int:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def build_tree(disk_bytes: int) -> bool:
-    """Exchange the file tree for one that holds what Python needs; False, and the old one, where that is refused."""
-    root, old = os.getcwd(), os.environ.copy()
+def build_tree(settings: dict[str, Any], uid: int | None) -> str | None:
+    """Exchange the file tree for one that holds what Python needs; None, and the old one, where that is refused.
+
+    Otherwise how `settings["tree"]` is shown in it. Raises OSError when it cannot be.
+    """
+    root, old, tree = os.getcwd(), os.environ.copy(), settings.get("tree")
     try:
         mount("", "/", "", MS_REC | MS_PRIVATE)
         mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-        for path in [*SYSTEM_FOLDERS, *SYSTEM_FILES, *DEVICES, *python_folders()]:
+        for path in [*SYSTEM_FOLDERS, *SYSTEM_FILES, *DEVICES, *python_folders(with_packages=not tree)]:
             show(root, path)
         os.makedirs(f"{root}/proc", exist_ok=True)
         mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
         for link in ("/dev/shm", "/tmp"):
             if not os.path.lexists(root + link):  # Python itself may live below /tmp
                 os.symlink(WRITABLE, root + link)
+        for link, target in LINKS.items():
+            os.symlink(f"/proc/self/{target}", root + link)
+        for folder in (WRITABLE, *((TREE, LAYERS) if tree else ())):
+            os.mkdir(root + folder)
+        shown = show_read_only(root, tree["folder"], uid) if tree and not tree["is_writable"] else ""
         make_read_only(root)
-        os.mkdir(root + WRITABLE)
         mount("", root, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
-        size = f"size={disk_bytes},nr_inodes={MAX_INODES},mode=1777"
-        mount("tmpfs", root + WRITABLE, "tmpfs", MS_NOSUID | MS_NODEV, size)
+        options = f"size={settings['disk_bytes']},nr_inodes={settings.get('max_files', MAX_INODES)},mode=1777"
+        if tree and tree["is_writable"]:
+            shown = show_writable(root, tree["folder"], uid, options, WRITABLE)
+        else:
+            mount("tmpfs", root + WRITABLE, "tmpfs", MS_NOSUID | MS_NODEV, options)
         enter(root)
     except OSError:
+        if tree:
+            raise
         LIBC.umount2(os.fsencode(root), MNT_DETACH)
         os.chdir(root)
         os.environ.update(old)
-        return False
+        return None
     os.environ.update(HOME=WRITABLE, TMPDIR=WRITABLE)
-    return True
+    return shown
 
 
-def python_folders() -> list[str]:
-    """Where this interpreter, its standard library and its packages are, beyond the system's folders."""
-    folders = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.path.realpath(sys.executable))}
-    folders |= {folder for folder in sys.path if os.path.isdir(folder)} - {os.path.dirname(os.path.abspath(__file__))}
+def python_folders(with_packages: bool) -> list[str]:
+    """Where this interpreter and its standard library are, beyond the system's folders; and its packages."""
+    folders = {sys.base_prefix, os.path.dirname(os.__file__), os.path.dirname(os.path.realpath(sys.executable))}
+    if with_packages:
+        own = {os.path.dirname(os.path.abspath(__file__))}
+        folders |= {sys.prefix, sys.exec_prefix} | {folder for folder in sys.path if os.path.isdir(folder)} - own
     outside = [path for path in folders if not path.startswith("/usr/") and path not in ("/", "/usr")]
     return sorted(path for path in outside if not any(path.startswith(f"{other}/") for other in outside))
 
@@ -221,23 +250,22 @@ def enter(root: str) -> None:
     os.chdir(WRITABLE)
 
 
-def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    arguments = (os.fsencode(text) if text else None for text in (source, target, kind))
-    if LIBC.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(options) if options else None) != 0:
-        raise OSError(ctypes.get_errno(), f"mount on {target} failed")
-
-
 # --- privileges and limits -------------------------------------------------------------------------------------------
 
 
-def drop_user(keep_reading: bool) -> bool:
-    """From root to a user id nobody else has, without capabilities.
+def new_user_id() -> int:
+    """One that nobody else has."""
+    number: int = struct.unpack("!I", os.urandom(4))[0]
+    return FIRST_USER_ID + number % NUM_USER_IDS
+
+
+def drop_user(uid: int, keep_reading: bool) -> bool:
+    """From root to an ordinary user, without capabilities.
 
     keep_reading: the old file tree is in sight, and Python may live in root's home: keep the right to read it.
     """
     if keep_reading and not capabilities() & CAP_DAC_READ_SEARCH:
         return False
-    uid = FIRST_USER_ID + struct.unpack("!I", os.urandom(4))[0] % NUM_USER_IDS
     os.chown(".", uid, uid)
     LIBC.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgroups([])
@@ -268,7 +296,7 @@ def set_limits(settings: dict[str, Any], is_limited: bool, is_watched: bool) -> 
         (resource.RLIMIT_CORE, 0),
     ]
     if is_limited:
-        limits.append((resource.RLIMIT_NPROC, MAX_PROCESSES))
+        limits.append((resource.RLIMIT_NPROC, settings.get("max_processes", MAX_PROCESSES)))
     for kind, limit in limits:
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)

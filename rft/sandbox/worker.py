@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from rft.sandbox.isolation import LIBC, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, Protection, isolate
+    from rft.sandbox.isolation import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, Protection, isolate
     from rft.sandbox.scratch import empty
+    from rft.sandbox.tree import LIBC
 else:
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # -I leaves it out; last, so that it hides nothing
-    from isolation import LIBC, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, Protection, isolate
+    from isolation import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, Protection, isolate
     from scratch import empty
+    from tree import LIBC
 
 MAX_REPLY_BYTES = 1 << 20
 MAX_DETAIL_CHARS = 2000
@@ -38,11 +40,15 @@ POLL_S = 0.1  # how often a running call's memory is measured, and its end notic
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one call; `memory_bytes` is for all its processes together, None where they cannot be told from others."""
+    """Of one call; `memory_bytes` is for all its processes together, None where they cannot be told from others.
+
+    keeps_files: what a call writes is there for the next one, and is no part of its memory.
+    """
 
     wall_s: float
     cpu_s: int
     memory_bytes: int | None
+    keeps_files: bool = False
 
 
 # --- one call --------------------------------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def collect(pid: int, reply_fd: int, owner: socket.socket, limits: Limits) -> di
     while (now := time.monotonic()) < deadline:
         if limits.memory_bytes is not None and now - measured > POLL_S:
             measured = now
-            if memory_in_use() > limits.memory_bytes:
+            if memory_in_use(with_files=not limits.keeps_files) > limits.memory_bytes:
                 return {"error": "exception", "detail": "MemoryError: the processes of the call used too much together"}
         ready = {fd for fd, _ in poll.poll(0 if ended else POLL_S * 1000)}
         if owner.fileno() in ready:  # nobody speaks during a call: rft closed the socket or died
@@ -121,10 +127,10 @@ def collect(pid: int, reply_fd: int, owner: socket.socket, limits: Limits) -> di
     return {"error": "timeout", "detail": f"TimeoutError: the call took longer than {limits.wall_s:g} s"}
 
 
-def memory_in_use() -> int:
+def memory_in_use(with_files: bool) -> int:
     """Bytes that the processes of the current call and the files they wrote occupy; shared pages count once."""
     disk = os.statvfs(".")
-    used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize if with_files else 0
     for pid in os.listdir("/proc"):
         if pid.isdigit() and pid != "1":
             try:
@@ -176,15 +182,16 @@ def died(ended: os.waitid_result) -> dict[str, Any]:
 # --- the worker ------------------------------------------------------------------------------------------------------
 
 
-def sweep(is_init: bool, pid: int, folder: str) -> None:
-    """End everything a call left behind and empty the scratch folder."""
+def sweep(is_init: bool, pid: int, folder: str | None) -> None:
+    """End everything a call left behind and empty the scratch folder, where one is given."""
     os.kill(-1 if is_init and os.getpid() == 1 else pid, signal.SIGKILL)  # -1: all of this namespace but its process 1
     while True:
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             break
-    empty(folder)
+    if folder is not None:
+        empty(folder)
 
 
 def serve(owner: socket.socket, function: Callable[..., Any], limits: Limits, is_init: bool) -> None:
@@ -201,7 +208,7 @@ def serve(owner: socket.socket, function: Callable[..., Any], limits: Limits, is
         os.close(write_fd)
         reply = collect(pid, reply_fd, owner, limits)
         os.close(reply_fd)
-        sweep(is_init, pid, folder)
+        sweep(is_init, pid, None if limits.keeps_files else folder)
         send(owner, {"id": request["id"], **reply})
 
 
@@ -237,7 +244,7 @@ def main() -> None:
     except OSError as error:
         send(owner, {"error": str(error)})
         return
-    send(owner, {"protection": protection.in_words(settings)})
+    send(owner, {"protection": protection.in_words(settings), "has_own_files": protection.has_own_files})
     try:
         function = load(settings["source"], settings["function"])
     except BaseException as error:  # whatever the source raises is its answer to every call
@@ -249,7 +256,7 @@ def main() -> None:
 
 def limits_of(settings: dict[str, Any], protection: Protection) -> Limits:
     memory_bytes = settings["memory_bytes"] if protection.has_own_files else None  # the tree's /proc shows our own only
-    return Limits(settings["wall_s"], settings["cpu_s"], memory_bytes)
+    return Limits(settings["wall_s"], settings["cpu_s"], memory_bytes, keeps_files=bool(settings.get("tree")))
 
 
 if __name__ == "__main__":
