@@ -17,11 +17,12 @@ from rft.envs.base import Environment, Session, ToolSpecs
 from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
+from rft.envs.shell import ShellEnvironmentConfig
 
 __all__ = ["Environment", "EnvironmentConfig", "Session", "ToolSpecs", "build_environment", "discover_tools"]
 
 EnvironmentConfig = Annotated[
-    FunctionsEnvironmentConfig | HttpEnvironmentConfig | PythonEnvironmentConfig,
+    FunctionsEnvironmentConfig | HttpEnvironmentConfig | PythonEnvironmentConfig | ShellEnvironmentConfig,
     Field(discriminator="type"),
 ]
 
@@ -36,6 +37,10 @@ def build_environment(config: EnvironmentConfig) -> Environment:
         from rft.envs.functions import FunctionsEnvironment
 
         return FunctionsEnvironment(config)
+    if isinstance(config, ShellEnvironmentConfig):
+        from rft.envs.shell import ShellEnvironment
+
+        return ShellEnvironment(config)
     from rft.envs.python import PythonEnvironment
 
     return PythonEnvironment(config)
