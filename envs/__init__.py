@@ -17,12 +17,17 @@ from rft.envs.base import Environment, Session, ToolSpecs
 from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
+from rft.envs.retrieval import RetrievalEnvironmentConfig
 from rft.envs.shell import ShellEnvironmentConfig
 
 __all__ = ["Environment", "EnvironmentConfig", "Session", "ToolSpecs", "build_environment", "discover_tools"]
 
 EnvironmentConfig = Annotated[
-    FunctionsEnvironmentConfig | HttpEnvironmentConfig | PythonEnvironmentConfig | ShellEnvironmentConfig,
+    FunctionsEnvironmentConfig
+    | HttpEnvironmentConfig
+    | PythonEnvironmentConfig
+    | RetrievalEnvironmentConfig
+    | ShellEnvironmentConfig,
     Field(discriminator="type"),
 ]
 
@@ -37,6 +42,10 @@ def build_environment(config: EnvironmentConfig) -> Environment:
         from rft.envs.functions import FunctionsEnvironment
 
         return FunctionsEnvironment(config)
+    if isinstance(config, RetrievalEnvironmentConfig):
+        from rft.envs.retrieval import RetrievalEnvironment
+
+        return RetrievalEnvironment(config)
     if isinstance(config, ShellEnvironmentConfig):
         from rft.envs.shell import ShellEnvironment
 
