@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attacks import is_alive
 from pydantic import ValidationError
 
 from rft.envs import build_environment
@@ -370,14 +371,6 @@ def children(pid: int) -> set[int]:
     return found
 
 
-def is_alive(pid: int) -> bool:
-    """False for a zombie too: it runs nothing."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        return False
-
-
 def wait_for_processes(parent: int, before: set[int]) -> set[int]:
     """Those of a shell with a command: the worker and its fork that is process 1, the call, the shell, two sleeps."""
     deadline = time.monotonic() + 20
@@ -462,9 +455,10 @@ import asyncio, json, sys
 from rft.envs.shell import ShellEnvironment, ShellEnvironmentConfig
 from rft.types import Item, Message, ToolCall
 async def main():
-    results = []
+    results, options = [], json.loads(sys.argv[3])
     for is_writable in (True, False):
-        environment = ShellEnvironment(ShellEnvironmentConfig(root=sys.argv[1], writable=is_writable))
+        config = ShellEnvironmentConfig(root=sys.argv[1], writable=is_writable, **options)
+        environment = ShellEnvironment(config)
         session = await environment.open(Item(id="i", row={}, messages=[Message(role="user")]), "trace")
         for command in json.loads(sys.argv[2]):
             arguments = json.dumps({"command": command})
@@ -479,10 +473,17 @@ COMMANDS = ["cat a.txt docs/private; id -u", "echo new > a.txt; rm -r docs; echo
 OF_OUR_OWN = "needs root, setpriv, unshare and a system Python that imports what rft imports"
 
 
-def told_elsewhere(prefix: list[str], python: str, path: list[str], root: Path) -> list[str]:
+def run_elsewhere(
+    prefix: list[str], python: str, path: list[str], root: Path, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """The story, told by another user or under another mount table."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [*prefix, python, "-c", STORY, str(root), json.dumps(COMMANDS)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd="/")
+    command = [*prefix, python, "-c", STORY, str(root), json.dumps(COMMANDS), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd="/")
+
+
+def told_elsewhere(prefix: list[str], python: str, path: list[str], root: Path) -> list[str]:
+    result = run_elsewhere(prefix, python, path, root)
     assert result.returncode == 0, result.stderr
     outputs: list[str] = json.loads(result.stdout)
     return outputs
@@ -535,6 +536,11 @@ def test_a_kernel_without_overlays_copies(root: Path) -> None:
     assert "copied" in outputs[3]
     assert outputs[0].startswith("alpha\nbeta\ngamma\nfor the owner\n") and outputs[1].split() == ["a.txt", "b"]
     assert "Read-only file system" in outputs[5]
+    (root / "large").write_bytes(b"x" * (3 << 20))
+    refused = run_elsewhere(prefix, sys.executable, sys.path, place, disk_bytes=2 << 20)
+    assert "must be copied, and has 3,145,759 bytes: more than the 2,097,152 of disk_bytes" in refused.stderr, (
+        refused.stderr
+    )
 
 
 # --- how fast --------------------------------------------------------------------------------------------------------

@@ -41,7 +41,10 @@ def bind(source: str, target: str, uid: int | None, proc: str) -> bool:
 
 
 def bind_mapped(source: str, target: str, uid: int, proc: str) -> bool:
-    users = mapping(os.stat(source), uid, proc)
+    try:
+        users = mapping(os.stat(source), uid, proc)
+    except OSError:  # root may be refused user namespaces, too
+        return False
     clone = LIBC.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE)
     try:
         attributes = struct.pack("QQQQ", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP, 0, 0, users)
