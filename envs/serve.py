@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 import rft
 from rft.envs.tasks import ArgumentError, Task, load_task
+from rft.envs.toolbox import text_of
 from rft.errors import UserError, WorldError
 from rft.wire import MAX_BODY_BYTES
 
@@ -77,7 +78,7 @@ async def _answer(task: Task, request: Request) -> JSONResponse:
     if tool is None:
         return _refusal(404, f"there is no tool {name}; the tools are: {', '.join(sorted(task.tool_names))}")
     try:
-        output = await anyio.to_thread.run_sync(tool.run, body["arguments"])
+        output = text_of(await anyio.to_thread.run_sync(tool.run, body["arguments"]))
     except ArgumentError as error:
         return _refusal(400, str(error))
     except Exception as error:  # a tool is code from outside: its failure is one call's, not the server's

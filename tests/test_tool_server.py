@@ -66,6 +66,16 @@ def post(path: str, **request: Any) -> Any:
         return client.post(path, **request)
 
 
+def test_async_tools_and_results_that_are_no_text_are_served() -> None:
+    async def weigh(text: str) -> dict[str, int]:
+        """Count."""
+        return {"characters": len(text)}
+
+    with TestClient(create_app(Task(name="other", tools=(Tool(weigh),)))) as client:
+        response = client.post("/weigh", json=body("weigh", '{"text": "four"}'))
+    assert json.loads(response.json()["output"]) == {"characters": 4}
+
+
 @pytest.mark.parametrize("path", ["/echo", "/"])
 def test_a_call_is_answered_as_the_contract_says(path: str) -> None:
     response = post(path, json=body("echo", '{"text": "hé"}'))
