@@ -11,15 +11,14 @@ import copy
 import inspect
 import logging
 from dataclasses import dataclass
-from importlib import import_module
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rft.envs.base import Session, ToolSpecs
 from rft.envs.outage import Outages
-from rft.envs.tasks import Tool
+from rft.envs.tasks import Tool, import_from_here
 from rft.envs.toolbox import DeadlineError, Toolbox, within
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
@@ -150,12 +149,14 @@ def _load(name: str) -> Any:
     return found
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> ModuleType:
     try:
-        return import_module(name)
-    except ImportError as error:
+        return import_from_here(name)
+    except Exception as error:  # a module is code from outside: whatever it raises, it cannot be used
         cure = "check the name, and that the module can be imported from here"
-        raise UserError(f"{name} cannot be imported: {error}", where=_WHERE, cure=cure) from None
+        raise UserError(
+            f"{name} cannot be imported: {type(error).__name__}: {error}", where=_WHERE, cure=cure
+        ) from None
 
 
 def _public(name: str) -> list[Any]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,3 +372,23 @@ def test_a_config_without_functions_is_refused() -> None:
     tree = {"model": {"path": "m"}, "data": {"train": "t"}, "grader": {}, "training": {"steps": 1}}
     with pytest.raises(ConfigError, match="at least one package"):
         validate_config(tree | {"environment": {"type": "functions"}}, "here")
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
+    """As the `rft` command starts: without the current folder on Python's path (-P)."""
+    (tmp_path / "my_tools.py").write_text('def hello(name: str) -> str:\n    """Greet."""\n    return name\n')
+    (tmp_path / "broken_tools.py").write_text("1 / 0")
+    program = """if True:
+        from rft.envs.functions import FunctionsEnvironment, FunctionsEnvironmentConfig
+        from rft.errors import UserError
+        print(FunctionsEnvironment(FunctionsEnvironmentConfig(functions=("my_tools:hello",)))._tools[0].name)
+        try: FunctionsEnvironment(FunctionsEnvironmentConfig(module="broken_tools"))
+        except UserError as error: print(error.problem)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-P", "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines() == [
+        "hello",
+        "broken_tools cannot be imported: ZeroDivisionError: division by zero",
+    ], result.stderr

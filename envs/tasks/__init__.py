@@ -11,10 +11,13 @@ import asyncio
 import copy
 import inspect
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -132,6 +135,13 @@ class Task:
         return {tool.name: tool.spec() for tool in self.tools}
 
 
+def import_from_here(name: str) -> ModuleType:
+    """Import a module, also one in the current folder: the `rft` command, unlike `python -m`, does not look there."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that it hides nothing
+    return import_module(name)
+
+
 def load_task(name: str) -> Task:
     """A task of rft by its name, or your own as `package.module:NAME`. Raises UserError naming the cure."""
     module_name, colon, attribute = _BUILTIN.get(name, name).partition(":")
@@ -139,7 +149,7 @@ def load_task(name: str) -> Task:
         known = ", ".join(sorted(_BUILTIN))
         raise UserError(f"there is no task {name}", where="task", cure=f"use {known} or package.module:NAME")
     try:
-        task = getattr(import_module(module_name), attribute)
+        task = getattr(import_from_here(module_name), attribute)
     except (ImportError, AttributeError) as error:
         cure = "check the name, and that the module can be imported from here"
         raise UserError(f"cannot be loaded: {error}", where=f"task {name}", cure=cure) from None
