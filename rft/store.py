@@ -1,18 +1,13 @@
 """The run folder: what a run did, as files that any reader can follow while it is written.
 
-Rows are appended with one write each; everything else is written under a temporary name and renamed. One process
-writes, held by a lock on the folder; readers need no lock and survive a line that was cut off. Nothing is deleted:
-what a resumed run makes again is moved aside. The store does not know what its metrics mean.
+Written as rft/files.py says. One process writes, held by a lock on the folder; readers need no lock. Nothing is
+deleted: what a resumed run makes again is moved aside. The store does not know what its metrics mean.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import json
-import logging
-import math
 import os
 import re
 import time
@@ -23,18 +18,11 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from rft.errors import StorageError, UserError
+from rft.files import Appender, finite, move_aside, parsed, read_json, replace, rows, storing
 from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_CURES = {
-    errno.ENOSPC: "free space on that disk, then resume the run",
-    errno.EDQUOT: "free some of your disk quota, then resume the run",
-    errno.EACCES: "give yourself the right to write there, or choose another runs_dir",
-    errno.EPERM: "give yourself the right to write there, or choose another runs_dir",
-    errno.EROFS: "choose a runs_dir on a disk that can be written",
-}
-_log = logging.getLogger(__name__)
 
 
 class RunStore:
@@ -43,7 +31,7 @@ class RunStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock_fd: int | None = None
-        self._append_fds: dict[Path, int] = {}
+        self._files = Appender()
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, config: dict[str, Any]) -> Self:
@@ -51,7 +39,7 @@ class RunStore:
         if not _RUN_ID.fullmatch(run_id):
             raise UserError("a run id has letters, digits, `.`, `_` and `-` only", where=run_id, cure="rename the run")
         store = cls(runs_dir / run_id)
-        with _storing(store.path):
+        with storing(store.path):
             for folder in (store.rollout_folder, store.checkpoints, store.weights):
                 folder.mkdir(parents=True, exist_ok=True)
         store.lock()
@@ -124,10 +112,10 @@ class RunStore:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a flat row; numbers that are not finite are written as null."""
-        self._append(self.path / "metrics.jsonl", json.dumps(_finite(row), allow_nan=False))
+        self._append(self.path / "metrics.jsonl", json.dumps(finite(row), allow_nan=False))
 
     def append_event(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
-        event = {"time": time.time(), "level": level, "message": message, "data": _finite(data)}
+        event = {"time": time.time(), "level": level, "message": message, "data": finite(data)}
         self._append(self.path / "events.jsonl", json.dumps(event, allow_nan=False))
 
     def write_state(self, state: dict[str, Any]) -> None:
@@ -139,52 +127,52 @@ class RunStore:
 
     def write_report(self, name: str, data: bytes) -> Path:
         """Replace a report file. Reports derive from the rest, so this needs no lock."""
-        return _replace(self.path / name, data)
+        return replace(self.path / name, data)
 
     def rewind(self, step: int) -> None:
         """Move aside what belongs to steps after `step`, and the mark that the run is done."""
         self.lock()
-        self._close_files()
-        with _storing(self.path):
+        self._files.close()
+        with storing(self.path):
             for path in sorted(self.rollout_folder.glob("step_*.*")):
                 if _step_of(path) > step:
-                    _move_aside(path, self.rollout_folder / "superseded")
+                    move_aside(path, self.rollout_folder / "superseded")
             (self.path / "DONE").unlink(missing_ok=True)
         metrics = self.path / "metrics.jsonl"
-        rows = list(_rows(metrics))
-        later = [row for row in rows if row.get("step", 0) > step]
+        written = list(rows(metrics))
+        later = [row for row in written if row.get("step", 0) > step]
         if later:
             for row in later:
                 self._append(self.path / "metrics.superseded.jsonl", json.dumps(row))
-            kept = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step]
-            _replace(metrics, "".join(kept).encode())
+            kept = [json.dumps(row) + "\n" for row in written if row.get("step", 0) <= step]
+            replace(metrics, "".join(kept).encode())
 
     # --- reading ---
 
     def config(self) -> dict[str, Any]:
-        return _read_json(self._config_path)
+        return read_json(self._config_path)
 
     def read_state(self) -> dict[str, Any]:
         """The last state written, {} when there is none."""
         path = self.path / "state.json"
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        return _rows(self.path / "metrics.jsonl")
+        return rows(self.path / "metrics.jsonl")
 
     def has_evaluation(self, split: Split, step: int) -> bool:
         """True when the metrics hold the evaluation of a split at a step."""
-        rows = (row for row in self.metrics() if row.get("kind") == "evaluation")
-        return any(row["split"] == split and row["step"] == step for row in rows)
+        found = (row for row in self.metrics() if row.get("kind") == "evaluation")
+        return any(row["split"] == split and row["step"] == step for row in found)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        return _rows(self.path / "events.jsonl")
+        return rows(self.path / "events.jsonl")
 
     def rollouts(self, step: int | None = None, split: Split | None = None) -> Iterator[Rollout]:
         """By step, in the order written. One that was made again (a resumed run) comes once, as made last."""
         paths = sorted(self.rollout_folder.glob("step_*.jsonl")) if step is None else [self._rollout_path(step)]
         for path in paths:
-            last = {row["id"]: row for row in _rows(path) if split is None or row["split"] == split}
+            last = {row["id"]: row for row in rows(path) if split is None or row["split"] == split}
             yield from (_rollout(row, path) for row in last.values())
 
     def find(self, rollout_id: str) -> Rollout | None:
@@ -195,7 +183,7 @@ class RunStore:
             if row is not None:
                 return _rollout(row, path)
         for path in paths:
-            for row in _rows(path, containing=rollout_id.encode()):
+            for row in rows(path, containing=rollout_id.encode()):
                 if row["id"] == rollout_id:
                     return _rollout(row, path)
         return None
@@ -206,7 +194,7 @@ class RunStore:
         """Be the one writer. Raises UserError naming the process that is."""
         if self._lock_fd is not None:
             return
-        with _storing(self.path):
+        with storing(self.path):
             fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,7 +209,7 @@ class RunStore:
 
     def close(self) -> None:
         """Close all files and release the lock. The store can go on reading."""
-        self._close_files()
+        self._files.close()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -232,64 +220,13 @@ class RunStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _close_files(self) -> None:
-        for fd in self._append_fds.values():
-            os.close(fd)
-        self._append_fds.clear()
-
     def _append(self, path: Path, line: str) -> int:
-        """One write of one line; returns the offset at which it starts."""
         self.lock()
-        with _storing(self.path):
-            fd = self._append_fd(path)
-            offset = os.lseek(fd, 0, os.SEEK_END)
-            data = line.encode() + b"\n"
-            if os.write(fd, data) == len(data):
-                return offset
-            os.close(self._append_fds.pop(path))  # the next append starts on a new line, see `_append_fd`
-            raise OSError(errno.ENOSPC, "the line was written in part")
-
-    def _append_fd(self, path: Path) -> int:
-        """The open file; after opening, a line that a crash cut off is ended so that the next starts anew."""
-        fd = self._append_fds.get(path)
-        if fd is None:
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            self._append_fds[path] = fd
-            size = os.lseek(fd, 0, os.SEEK_END)
-            if size and os.pread(fd, 1, size - 1) != b"\n":
-                os.write(fd, b"\n")
-            if len(self._append_fds) > 8:  # rollout files of past steps
-                os.close(self._append_fds.pop(next(iter(self._append_fds))))
-        return fd
+        return self._files.append(path, line)
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
         self.lock()
-        _replace(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
-
-
-def _rows(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
-    """The lines of a file that are whole. One cut off by a crash is skipped; the log says so unless it is the last."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        for number, line in enumerate(file, 1):
-            if containing not in line:
-                continue
-            row = _parsed(line)
-            if row is not None:
-                yield row
-            elif line.endswith(b"\n") and line.strip():
-                _log.warning("%s:%d was cut off when it was written and is skipped", path, number)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+        replace(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _indexed(path: Path, rollout_id: str) -> dict[str, Any] | None:
@@ -303,7 +240,7 @@ def _indexed(path: Path, rollout_id: str) -> dict[str, Any] | None:
         if name == rollout_id and offset.isascii() and offset.isdigit():
             with path.open("rb") as file:
                 file.seek(int(offset))
-                row = _parsed(file.readline())
+                row = parsed(file.readline())
             return row if row is not None and row.get("id") == rollout_id else None
     return None
 
@@ -323,55 +260,3 @@ def _file_name(name: str) -> str:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
-
-
-def _move_aside(path: Path, folder: Path) -> None:
-    """Move a file under the first free name."""
-    folder.mkdir(exist_ok=True)
-    target, number = folder / path.name, 0
-    while target.exists():
-        number += 1
-        target = folder / f"{path.name}.{number}"
-    path.rename(target)
-
-
-def _replace(path: Path, data: bytes) -> Path:
-    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _storing(path.parent):
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read: {error}", cure="restore the file") from None
-    return value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def _storing(folder: Path) -> Iterator[None]:
-    """The disk's failures as StorageError, with the folder and the cure."""
-    try:
-        yield
-    except OSError as error:
-        cure = _CURES.get(error.errno or 0, "check the disk, then resume the run")
-        raise StorageError(f"{folder} cannot be written: {error.strerror or error}", cure=cure) from error
