@@ -30,6 +30,11 @@ class Outages:
         self._changed = asyncio.Condition()
         self._timers: dict[asyncio.Timeout, float] = {}  # a rollout's time limit -> seconds left when it was stopped
 
+    @property
+    def down(self) -> list[str]:
+        """The endpoints that are down."""
+        return list(self._down)
+
     async def none(self) -> None:
         """Wait until nothing is down. Raises NoProgressError when something stays down too long."""
         await self._wait(lambda: not self._down)

@@ -68,6 +68,7 @@ def export(
 def main() -> None:
     """Run the CLI; every expected failure becomes one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # asks a run what it is doing (rft/watch.py); must never end one
     try:
         code = app(standalone_mode=False)  # typer returns the code of an exit, 130 for a Ctrl-C
     except RftError as error:

@@ -6,6 +6,7 @@ field; the resolved config is written into the run folder.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from rft.errors import ConfigError
 from rft.graders import GraderSpec, judge_models
 from rft.graders.base import spec_path
 from rft.graders.judge import JudgeConfig
+
+_GRADER_ATTEMPTS = 8  # twice rft.wire's, since pauses come between them
 
 
 class Config(BaseModel):
@@ -90,6 +93,12 @@ class RolloutConfig(Config):
     temperature: float = Field(0.8, gt=0, le=2)
     max_concurrent: int = Field(
         512, ge=1, description="rollouts in flight at most; how many there are follows the engine's queue"
+    )
+    stall_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="without the end of any wait of any rollout; then the run stops and says who waits"
+        " for what; null: see RunConfig.stall_limit_s",
     )
     max_discarded_share: float = Field(
         0.5, ge=0, le=1, description="of a step's rollouts; beyond it the run stops and names the cause"
@@ -170,6 +179,19 @@ class RunConfig(Config):
         """What the compute multiplier buys: `max(2, round(base_rollouts x compute_multiplier))`."""
         return max(2, round(self.training.base_rollouts * self.training.compute_multiplier))
 
+    @property
+    def stall_limit_s(self) -> float:
+        """Seconds without any progress that end the run. By default more than any wait that is allowed.
+
+        Inside a rollout nothing takes longer than `time_limit_s`; its graders come after that, each with a few
+        attempts within a timeout of its own. On top comes an hour.
+        """
+        if self.rollout.stall_limit_s is not None:
+            return self.rollout.stall_limit_s
+        graders = [self.grader, *self.shadow_graders.values(), *self.judges.values()]
+        longest_s = max(timeout_s for grader in graders for timeout_s in _timeouts(grader.model_dump()))
+        return 3600.0 + self.rollout.time_limit_s + _GRADER_ATTEMPTS * longest_s
+
     @model_validator(mode="after")
     def _first_round_fits(self) -> RunConfig:
         first, size = self.training.first_rollouts, self.rollouts_per_item
@@ -182,6 +204,17 @@ class RunConfig(Config):
         if self.rollout.max_tokens_per_turn >= self.engine.max_model_len:
             raise ValueError("rollout.max_tokens_per_turn must be below engine.max_model_len")
         return self
+
+
+def _timeouts(tree: Any) -> Iterator[float]:
+    """Every `timeout_s` inside, and 0."""
+    yield 0.0
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in entries:
+        if key == "timeout_s":
+            yield float(value)
+        else:
+            yield from _timeouts(value)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:

@@ -81,7 +81,7 @@ class NumericsError(WorldError):
 
 
 class NoProgressError(WorldError):
-    """The run cannot go on: too many rollouts in a row were discarded for the same cause."""
+    """The run cannot go on: too many rollouts were discarded for the same cause, or none gets any further."""
 
 
 def first_cause(failures: BaseExceptionGroup) -> BaseException:

@@ -28,6 +28,7 @@ from rft.report import final_table, write_report
 from rft.rollout import Workshop
 from rft.store import RunStore
 from rft.types import Item, Split
+from rft.watch import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +40,7 @@ _MAY_CHANGE_ON_RESUME = {
     "engine",
     "runs_dir",
     "evaluation",
+    "rollout.stall_limit_s",
     "training.steps",
     "training.checkpoint_every",
     "training.keep_checkpoints",
@@ -59,10 +61,11 @@ def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = Fals
     with Display() as display:
         store = _open_store(config, run_id, resume)
         display.line(f"run folder: {store.path}")
-        with store, _recorded(store), asyncio.Runner() as loop:
+        watchdog = Watchdog(loop := asyncio.Runner(), store, lambda: display.label)
+        with store, _recorded(store), loop, watchdog:
             stack = AsyncExitStack()
             try:
-                _lead(config, store, display, items, chat, loop, stack)
+                _lead(config, store, display, items, chat, watchdog, stack)
             finally:
                 loop.run(stack.aclose())
         display.show(final_table(write_report(store)))
@@ -171,7 +174,7 @@ def _lead(
     display: Display,
     items: dict[Split, list[Item]],
     chat: Chat,
-    loop: asyncio.Runner,
+    watchdog: Watchdog,
     stack: AsyncExitStack,
 ) -> None:
     from rft.trainers.grpo import Leader, train
@@ -182,9 +185,10 @@ def _lead(
         display.line(text)
 
     with display.phase("checking tools and graders", keep=False):
-        parts = loop.run(build_parts(config, store, stack, note))
+        parts = watchdog.run(build_parts(config, store, stack, note))
     with display.phase("starting the engine and loading the model") as phase:
-        accelerator, policy = loop.run(start_parts(config, parts, store, stack, phase.status))
+        accelerator, policy = watchdog.run(start_parts(config, parts, store, stack, phase.status))
+    watchdog.attach(parts.engine, parts.environment.outages if parts.environment else None, config.stall_limit_s)
     workshop = Workshop(
         parts.engine,
         chat,
@@ -193,9 +197,10 @@ def _lead(
         parts.shadow_graders,
         config.rollout,
         config.engine.max_model_len,
+        watchdog.waits,
     )
     leader = Leader(
-        loop=loop,
+        loop=watchdog,
         engine=parts.engine,
         collector=Collector(workshop, store.path.name, config.seed, store.append_rollout),
         sync=Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype),

@@ -44,6 +44,7 @@ class Display:
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
+        self._labels: list[str] = []
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -59,6 +60,11 @@ class Display:
     @property
     def has_bars(self) -> bool:
         return self.enabled and self._console.is_terminal
+
+    @property
+    def label(self) -> str:
+        """Of the phase that was begun last and has not ended; "" between two."""
+        return next(iter(self._labels[-1:]), "")
 
     def __enter__(self) -> Display:
         if self.has_bars:
@@ -85,10 +91,12 @@ class Display:
     def phase(self, label: str, total: int | None = None, *, keep: bool = True) -> Iterator[Phase]:
         """A bar while the work runs; with `keep`, one line with its duration when it ends."""
         started = time.perf_counter()
+        self._labels.append(label)
         task = self._progress.add_task(escape(label), total=total) if self.has_bars else None
         try:
             yield Phase(self._progress if self.has_bars else None, task)
         finally:
+            self._labels.remove(label)
             if task is not None:
                 self._progress.remove_task(task)
         if keep:

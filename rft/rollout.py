@@ -79,6 +79,7 @@ async def run_rollout(attempt: Attempt, workshop: Workshop) -> Rollout:
         if reason is None or (isinstance(failure, EngineError) and not failure.retryable):
             raise
         stop_reason, error = reason, str(failure)
+    workshop.waits.stops[stop_reason] += 1
     return _record(attempt, conversation, stop_reason, started_at, grade, error)
 
 
@@ -173,7 +174,7 @@ async def _respond(
     """
     calls, turns_left = turn.message.tool_calls, _turns_left(conversation, workshop.limits)
     if not calls:
-        turn.replies = await session.reply(turn.message) if session is not None else []
+        turn.replies = await _reply(attempt, workshop, session, turn)
     elif turns_left > 0:
         turn.results = await _call_tools(attempt, workshop, session, calls)
     if session is not None and session.is_over:
@@ -186,6 +187,13 @@ async def _respond(
         _announce_last_turn(turn, workshop.limits.last_turn_message)
     conversation.messages += [tool_message(result) for result in turn.results] + turn.replies
     return None
+
+
+async def _reply(attempt: Attempt, workshop: Workshop, session: Session | None, turn: Turn) -> list[Message]:
+    if session is None:
+        return []
+    with workshop.waits.on(attempt.id, attempt.item.id, "environment"):
+        return await session.reply(turn.message)
 
 
 def _announce_last_turn(turn: Turn, text: str) -> None:

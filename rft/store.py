@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from rft.errors import StorageError, UserError
-from rft.files import Appender, finite, move_aside, parsed, read_json, replace, rows, storing
+from rft.files import Appender, append_apart, finite, move_aside, parsed, read_json, replace, rows, storing
 from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
@@ -99,6 +99,14 @@ class RunStore:
     def _config_path(self) -> Path:
         return self.path / "config.json"
 
+    @property
+    def _events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def _live_path(self) -> Path:
+        return self.path / "live.json"
+
     def _rollout_path(self, step: int) -> Path:
         return self.rollout_folder / f"step_{step:06d}.jsonl"
 
@@ -115,11 +123,19 @@ class RunStore:
         self._append(self.path / "metrics.jsonl", json.dumps(finite(row), allow_nan=False))
 
     def append_event(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
-        event = {"time": time.time(), "level": level, "message": message, "data": finite(data)}
-        self._append(self.path / "events.jsonl", json.dumps(event, allow_nan=False))
+        self._append(self._events_path, _event(level, message, data))
+
+    def append_event_apart(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
+        """The same from any thread, while another appends."""
+        append_apart(self._events_path, _event(level, message, data))
 
     def write_state(self, state: dict[str, Any]) -> None:
         self._write_json(self.path / "state.json", state)
+
+    def write_live(self, live: dict[str, Any]) -> None:
+        """What the run is doing now (rft/live.py); worth nothing after a crash, so it is not flushed to disk."""
+        self.lock()
+        replace(self._live_path, json.dumps(finite(live), allow_nan=False).encode(), is_durable=False)
 
     def mark_done(self) -> None:
         """The last thing a run writes."""
@@ -157,6 +173,10 @@ class RunStore:
         path = self.path / "state.json"
         return read_json(path) if path.exists() else {}
 
+    def read_live(self) -> dict[str, Any]:
+        """What the run was last doing, {} when it never said."""
+        return read_json(self._live_path) if self._live_path.exists() else {}
+
     def metrics(self) -> Iterator[dict[str, Any]]:
         return rows(self.path / "metrics.jsonl")
 
@@ -166,7 +186,7 @@ class RunStore:
         return any(row["split"] == split and row["step"] == step for row in found)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        return rows(self.path / "events.jsonl")
+        return rows(self._events_path)
 
     def rollouts(self, step: int | None = None, split: Split | None = None) -> Iterator[Rollout]:
         """By step, in the order written. One that was made again (a resumed run) comes once, as made last."""
@@ -243,6 +263,10 @@ def _indexed(path: Path, rollout_id: str) -> dict[str, Any] | None:
                 row = parsed(file.readline())
             return row if row is not None and row.get("id") == rollout_id else None
     return None
+
+
+def _event(level: Level, message: str, data: dict[str, Any] | None) -> str:
+    return json.dumps({"time": time.time(), "level": level, "message": message, "data": finite(data)}, allow_nan=False)
 
 
 def _rollout(row: dict[str, Any], path: Path) -> Rollout:

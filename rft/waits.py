@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from rft.types import StopReason
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wait:
@@ -28,6 +30,7 @@ class Waits:
 
     last_progress: float = field(default_factory=time.monotonic)
     num_ended: int = 0
+    stops: Counter[StopReason] = field(default_factory=Counter)  # rollouts that ended, by stop reason
     _open: dict[Wait, None] = field(default_factory=dict)  # in the order they began
 
     @contextmanager

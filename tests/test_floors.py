@@ -13,12 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "rft rft.types rft.errors rft.progress rft.waits rft.calls",
-    1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.files",
+    0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout",
+    1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.files rft.live",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.budget",
-    5: "rft.rollout rft.slots rft.trainers",
+    5: "rft.rollout rft.slots rft.trainers rft.watch",
     6: "rft.collect rft.evaluate",
     7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export rft.assembly rft.regrade",
     8: "rft.job",

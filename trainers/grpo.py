@@ -6,7 +6,6 @@ shares the window's micro-batches, so no collective depends on what a rollout co
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from rft.trainers.objective import advantages
 from rft.trainers.policy import Policy, StepStats
 from rft.trainers.sync import ProbeResult, Sync
 from rft.types import Group, Item, Rollout, Split
+from rft.watch import Watchdog
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ _DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
 class Leader:
     """What only rank 0 has. `items` holds the splits that exist."""
 
-    loop: asyncio.Runner
+    loop: Watchdog
     engine: Engine
     collector: Collector
     sync: Sync
