@@ -16,7 +16,7 @@ from rft.budget import StepBudget
 from rft.errors import NoProgressError, first_cause
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.slots import Slots
-from rft.types import Group, Item, Rollout, Split, rollout_id, rollout_seed
+from rft.types import Group, Item, Rollout, Split, StopReason, rollout_id, rollout_seed
 
 _MIN_COUNTED = 8  # below this many a share says nothing
 _NUM_EXAMPLES = 3
@@ -175,19 +175,20 @@ class Collector:
         async with asyncio.TaskGroup() as tasks:
             slots = [tasks.create_task(self._slot(item, split, step, first + i, size, tally)) for i in range(size)]
         results = [slot.result() for slot in slots]
-        return Group(item, step, [rollout for rollout, _ in results], sum(discarded for _, discarded in results))
+        discards = tuple(reason for _, reasons in results for reason in reasons)
+        return Group(item, step, [rollout for rollout, _ in results], discards)
 
     async def _slot(
         self, item: Item, split: Split, step: int, index: int, size: int, tally: _Tally
-    ) -> tuple[Rollout, int]:
-        """Attempts `index`, `index + size`, ... until one is not discarded; that one, and how many were."""
-        num_discarded = 0
+    ) -> tuple[Rollout, list[StopReason]]:
+        """Attempts `index`, `index + size`, ... until one is not discarded; that one, and why the others were."""
+        discards: list[StopReason] = []
         while True:
-            rollout = await self._attempt(item, split, step, index + num_discarded * size)
+            rollout = await self._attempt(item, split, step, index + len(discards) * size)
             tally.add(rollout)
             if not rollout.stop_reason.is_discarded:
-                return rollout, num_discarded
-            num_discarded += 1
+                return rollout, discards
+            discards.append(rollout.stop_reason)
 
     async def _attempt(self, item: Item, split: Split, step: int, index: int) -> Rollout:
         attempt = Attempt(
@@ -223,6 +224,6 @@ def _joined(first: Group, second: Group) -> Group:
         first.item,
         first.step,
         first.rollouts + second.rollouts,
-        first.num_discarded + second.num_discarded,
+        first.discards + second.discards,
         (len(first.rollouts), len(second.rollouts)),
     )

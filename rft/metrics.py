@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rft.types import Grade, Group, Rollout
+from rft.types import Grade, Group, Rollout, StopReason
 
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -46,7 +46,7 @@ _MEASURES: dict[str, Callable[[Rollout], float | None]] = {
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Every measure as `name` and `name_ci95`, stop reasons as `stop/reason` shares.
+    """Every measure as `name` and `name_ci95`; of all rollouts that ended, discarded ones too, `stop/reason` shares.
 
     Shadow grades are `shadow/name`, a multi grader's parts `part/key`, what grading took and met `grader/...`.
     """
@@ -60,8 +60,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         measures[f"part/{key}"] = lambda r, key=key: r.grade.sub_scores.get(key) if r.grade else None  # type: ignore[misc]
     for name, measure in measures.items():
         row[name], row[f"{name}_ci95"] = mean_ci95(_values(groups, measure))
-    for reason, count in sorted(Counter(rollout.stop_reason for rollout in rollouts).items()):
-        row[f"stop/{reason}"] = count / len(rollouts)
+    stops = Counter([rollout.stop_reason for rollout in rollouts])
+    stops.update(reason for group in groups for reason in group.discards)
+    for reason, count in sorted(stops.items()):
+        row[f"stop/{reason}"] = count / stops.total()
     return row | {
         "num_items": len(groups),
         "num_rollouts": len(rollouts),
@@ -133,6 +135,18 @@ def _change(older: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], n
     return means[1] - means[0], math.hypot(*half_widths)
 
 
+def stop_shares(row: dict[str, Any]) -> dict[str, float]:
+    """The share of each stop reason that a row knows, the most first."""
+    found = {name.rpartition("stop/")[2]: share for name, share in row.items() if name.split("/")[-2:-1] == ["stop"]}
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+
+def _other_ends(row: dict[str, Any]) -> str:
+    """Why rollouts ended other than with an answer, for a line; "" when all answered."""
+    shares = [f"{reason} {share:.2f}" for reason, share in stop_shares(row).items() if reason != StopReason.ANSWERED]
+    return f"  ended by {', '.join(shares)}" if shares else ""
+
+
 def step_line(row: dict[str, Any], num_steps: int) -> str:
     """One training row as the line a person follows."""
     shadows = "".join(
@@ -143,7 +157,7 @@ def step_line(row: dict[str, Any], num_steps: int) -> str:
     cached = f"  grades cached {share:.2f}" if (share := row.get("train/grader/cache_hit_share", 0.0)) else ""
     return (
         f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}{shadows}"
-        f"  valid calls {row['train/valid_call_share']:.2f}{cached}"
+        f"  valid calls {row['train/valid_call_share']:.2f}{cached}{_other_ends(row)}"
         f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
         f"  log-prob gap {row['logprob_gap/mean']:.4f}"
         f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
@@ -160,7 +174,7 @@ def evaluation_line(row: dict[str, Any]) -> str:
     ]
     return (
         f"{row['split']} at step {row['step']}: {', '.join(parts)}"
-        f"  ({row['num_items']} items, {row['num_rollouts']} rollouts, {row['seconds']:.0f} s)"
+        f"  ({row['num_items']} items, {row['num_rollouts']} rollouts, {row['seconds']:.0f} s){_other_ends(row)}"
     )
 
 

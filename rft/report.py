@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from rft.metrics import mean_ci95
+from rft.metrics import mean_ci95, stop_shares
 from rft.store import RunStore
 from rft.types import Rollout, Split
 
@@ -82,7 +82,14 @@ def _compare(store: RunStore, split: Split, rows: list[Row]) -> dict[str, Any]:
             measure |= changes.get(name, {})
         measures[name] = measure
     facts = {name: after.get(name) for name in ("num_items", "num_rollouts")}
-    return {"before_step": before["step"], "after_step": after["step"], **facts, "measures": measures}
+    stops = {"before": stop_shares(before)} | ({"after": stop_shares(after)} if has_change else {})
+    return {
+        "before_step": before["step"],
+        "after_step": after["step"],
+        **facts,
+        "measures": measures,
+        "stops": stops,
+    }
 
 
 def _measures(row: Row) -> list[str]:
@@ -134,10 +141,18 @@ def final_table(report: dict[str, Any]) -> Table:
         for name, measure in compared["measures"].items():
             table.add_row(place, _label(name), *(_cell(measure, key) for key in ("before", "after", "change")))
             place = ""
+        for reason in dict.fromkeys(reason for shares in compared["stops"].values() for reason in shares):
+            table.add_row("", f"ended by {reason}", *_stop_cells(compared["stops"], reason))
         table.add_section()
     if not report["splits"]:
         table.add_row("-", "no split was evaluated", "-", "-", "-")
     return table
+
+
+def _stop_cells(stops: dict[str, dict[str, float]], reason: str) -> list[str]:
+    """Shares before and after and their change; a reason that did not occur is a share of 0."""
+    before, *after = [shares.get(reason, 0.0) for shares in stops.values()]
+    return [f"{before:.3f}", *(f"{share:.3f}" for share in after), *(f"{share - before:+.3f}" for share in after)]
 
 
 def _label(name: str) -> str:

@@ -290,8 +290,12 @@ class Group:
     item: Item
     step: int
     rollouts: list[Rollout]
-    num_discarded: int = 0
+    discards: tuple[StopReason, ...] = ()  # of the rollouts that were replaced
     round_sizes: tuple[int, ...] = ()  # in what rounds they were asked for; empty: all in one
+
+    @property
+    def num_discarded(self) -> int:
+        return len(self.discards)
 
     @property
     def scores(self) -> list[float]:

@@ -51,7 +51,7 @@ def test_a_discarded_rollout_is_replaced_and_counted() -> None:
     collector, seen = a_collector(workshop)
     groups = collect(collector)
     assert [len(group.rollouts) for group in groups] == [4, 4, 4]
-    assert sum(group.num_discarded for group in groups) == 2
+    assert [reason for group in groups for reason in group.discards] == [StopReason.ENGINE_FAILED] * 2
     assert len(seen) == 14
     assert sum(rollout.stop_reason is StopReason.ENGINE_FAILED for rollout in seen) == 2
     assert len({rollout.id for rollout in seen}) == 14

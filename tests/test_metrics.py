@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rft.metrics import mean_ci95, rollout_metrics, shadow_divergence
+from rft.metrics import mean_ci95, rollout_metrics, shadow_divergence, stop_shares
 from rft.types import Grade, Group, Item, Message, Rollout, StopReason, TokenUsage, ToolCall, ToolResult, Turn
 
 
@@ -40,7 +40,7 @@ def a_rollout(score: float, *, is_error: bool = False, item_id: str = "x") -> Ro
 
 def a_group(*rollouts: Rollout) -> Group:
     item = Item(id="x", row={}, messages=[Message(role="user", content="q")])
-    return Group(item, 1, list(rollouts), num_discarded=1)
+    return Group(item, 1, list(rollouts), discards=(StopReason.TOOL_FAILED,))
 
 
 def test_the_interval_is_over_items_not_rollouts() -> None:
@@ -62,7 +62,8 @@ def test_measures_of_groups() -> None:
     assert row["tool_calls"] == 1.0
     assert row["sampled_tokens"] == 3.0
     assert row["tool_latency_s"] == pytest.approx(0.5)
-    assert row["stop/answered"] == 1.0
+    assert (row["stop/answered"], row["stop/tool_failed"]) == (0.6, 0.4), "of all that ended"
+    assert stop_shares({f"train/{name}": value for name, value in row.items()}) == {"answered": 0.6, "tool_failed": 0.4}
     assert (row["num_items"], row["num_rollouts"], row["num_discarded"]) == (2, 3, 2)
 
 

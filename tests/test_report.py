@@ -43,6 +43,7 @@ def evaluation(split: Split, step: int, scores: list[float], **more: Any) -> dic
     grade, grade_ci95 = mean_ci95([[score] for score in scores])
     row = {"step": step, "kind": "evaluation", "split": split, "num_items": len(scores), "num_rollouts": len(scores)}
     row |= {"grade": grade, "grade_ci95": grade_ci95, "shadow/exact": grade / 2, "shadow/exact_ci95": grade_ci95 / 2}
+    row |= {"stop/answered": 0.9, "stop/max_turns": 0.1} if step else {"stop/answered": 1.0}
     row |= {"valid_call_share": 0.5, "valid_call_share_ci95": 0.1, "tool_calls": 1.5, "sampled_tokens": 120.0}
     return {**row, "seconds": 1.0, **more}
 
@@ -78,6 +79,7 @@ def test_report_says_before_after_and_change(store: RunStore) -> None:
     assert grade["change_ci95"] < grade["before_ci95"], "paired by item"
     assert test["measures"]["valid_call_share"]["change"] == 1.0
     assert test["measures"]["sampled_tokens"]["change"] == 0.0
+    assert test["stops"] == {"before": {"answered": 1.0}, "after": {"answered": 0.9, "max_turns": 0.1}}
 
 
 def test_report_needs_no_lock(store: RunStore) -> None:
@@ -115,6 +117,9 @@ def test_final_table_shows_numbers_with_intervals(store: RunStore) -> None:
     assert "0.200 ± " in text
     assert "+0.300 ± " in text
     assert "120.0" in text
+    lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    assert "ended by answered 1.000 0.900 -0.100" in lines
+    assert "ended by max_turns 0.000 0.100 +0.100" in lines
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
