@@ -142,6 +142,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def has_open(pid: int, path: Path) -> bool:
+    """True when a process has the file open, or is alive and somebody else's, so that nobody can tell."""
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return any(_is_same(link, path) for link in links)
+
+
+def _is_same(link: Path, path: Path) -> bool:
+    try:
+        return link.samefile(path)
+    except OSError:  # closed meanwhile
+        return False
+
+
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for both."""
     if isinstance(value, dict):

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from rft.errors import StorageError, UserError
-from rft.files import Appender, append_apart, finite, move_aside, parsed, read_json, replace, rows, storing
+from rft.files import Appender, append_apart, finite, has_open, move_aside, parsed, read_json, replace, rows, storing
 from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
@@ -195,6 +195,10 @@ class RunStore:
             last = {row["id"]: row for row in rows(path) if split is None or row["split"] == split}
             yield from (_rollout(row, path) for row in last.values())
 
+    def rollout_steps(self) -> list[int]:
+        """The steps that have rollouts; the last one may be in flight."""
+        return sorted(_step_of(path) for path in self.rollout_folder.glob("step_*.jsonl"))
+
     def find(self, rollout_id: str) -> Rollout | None:
         """The rollout of that id, through the index; where that is stale or absent, by reading the files."""
         paths = sorted(self.rollout_folder.glob("step_*.jsonl"))
@@ -226,6 +230,15 @@ class RunStore:
                 cure = "wait until it ends, or end it"
                 raise UserError(f"process {owner} is writing this run", where=str(self.path), cure=cure) from None
         self._lock_fd = fd
+
+    def writer(self) -> int | None:
+        """The process of this machine that holds the lock, None when there is none. Takes no lock itself."""
+        lock = self.path / ".lock"
+        try:
+            pid = int(lock.read_text("ascii"))
+        except (OSError, ValueError):
+            return None
+        return pid if has_open(pid, lock) else None
 
     def close(self) -> None:
         """Close all files and release the lock. The store can go on reading."""

@@ -20,7 +20,8 @@ FLOORS = {
     4: "rft.engines rft.store rft.budget",
     5: "rft.rollout rft.slots rft.trainers rft.watch",
     6: "rft.collect rft.evaluate",
-    7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export rft.assembly rft.regrade",
+    7: "rft.trainers.grpo rft.trainers.warmup rft.compare rft.doctor rft.report rft.export rft.assembly rft.regrade "
+    "rft.show rft.transcript",
     8: "rft.job",
     9: "rft.server rft.cli rft.grade_cli rft.__main__",
 }
