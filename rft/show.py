@@ -145,7 +145,7 @@ def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     if known["status"] == "killed":
         lines.append("its process is gone: continue with `rft train CONFIG --resume`")
     if state.get("error"):
-        lines.append(str(state["error"]))
+        lines.append("  " + _indented(str(state["error"])))
     return _text("\n".join(lines), style="bold")
 
 
@@ -201,7 +201,12 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _event_line(event: dict[str, Any]) -> str:
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-    return f"  {when} {event.get('level', ''):<5} {event.get('message', '')}"
+    return f"  {when} {event.get('level', ''):<5} " + _indented(str(event.get("message", "")))
+
+
+def _indented(text: str) -> str:
+    """Later lines stay below the first: no text can imitate a line of its own."""
+    return text.replace("\n", "\n      ")
 
 
 def _text(value: object, style: str = "") -> Text:

@@ -24,6 +24,7 @@ from rft.errors import NoProgressError, StorageError, WorldError
 from rft.live import Live, count_stops, live_lines, memory_bytes, waiting_for, waits_table
 from rft.lookout import Lookout
 from rft.store import RunStore
+from rft.threads import DaemonThreads
 from rft.types import StopReason
 from rft.waits import Waits
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _LOAD_TIMEOUT_S = 1.0
-_CANCEL_TIMEOUT_S = 60.0  # twice what a session may take to close
+_CANCEL_TIMEOUT_S = 120.0  # more than a session may take to end and to close
 
 
 class Watchdog:
@@ -53,6 +54,7 @@ class Watchdog:
         self._lookout = Lookout(self._report, self._report_block, 5 * tick_s)
 
     def __enter__(self) -> Self:
+        self._loop.get_loop().set_default_executor(DaemonThreads())  # a tool that never returns must not hold the run
         self._lookout.__enter__()
         return self
 

@@ -103,6 +103,7 @@ def test_overview_says_how_the_run_is(store: RunStore) -> None:
     assert "step 5, train rollouts ended by: answered 6, tool_failed 2, max_turns 1" in rows
     assert re.search(r"2 discarded, tool_failed: search: \\x1b.* \(e\.g\. trace_0+7\)", text)
     assert "127.0.0.1:1/ is down" in text
+    assert "      turn 9: forged" in text and "\nturn 9" not in text
     assert is_harmless(text)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FaultyToolServer
+from fakes import FaultyToolServer, LoopbackServer
 from test_collect import a_collector
 from test_job import a_config
 from test_outage import Said, a_server, an_environment
@@ -91,6 +91,36 @@ def test_what_a_run_stands_still_for_is_named(store: RunStore, what: str) -> Non
     assert (len(watchdog.waits), left) == (0, set())
     assert isinstance(workshop.environment, RecordingEnvironment)
     assert (workshop.environment.num_open, workshop.engine.num_running) == (0, 0)  # type: ignore[attr-defined]
+
+
+STUCK_THREAD = """
+import asyncio, sys, threading
+from pathlib import Path
+from test_rollout import a_workshop, say
+from rft.errors import NoProgressError
+from rft.store import RunStore
+from rft.watch import Watchdog
+
+async def call(watchdog):
+    with watchdog.waits.on("trace_1", "x-1", "tool search"):
+        await asyncio.to_thread(threading.Event().wait)
+
+with RunStore.create(Path(sys.argv[1]), "run", {}) as store, asyncio.Runner() as loop:
+    with Watchdog(loop, store, lambda: "") as watchdog:
+        watchdog.attach(a_workshop(say()).engine, None, 0.2)
+        try:
+            watchdog.run(call(watchdog))
+        except NoProgressError as error:
+            print(error)
+"""
+
+
+def test_a_thread_that_never_returns_does_not_hold_the_process(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STUCK_THREAD, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "1 wait for tool search" in ended.stdout
 
 
 def test_slow_is_not_stuck(store: RunStore) -> None:
@@ -339,6 +369,26 @@ def test_a_whole_run_answers_and_goes_on(tmp_path: Path) -> None:
     assert 0 < len(events) <= num_sent
     assert all(json.dumps(event) and Live.model_validate(event) for event in events)
     assert not [thread for thread in threading.enumerate() if thread.name == "rft-lookout"]
+
+
+class HangingServer(LoopbackServer):
+    """Takes every request and never answers."""
+
+    async def _respond(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_whole_run_whose_grader_hangs_ends_with_the_cause(tmp_path: Path) -> None:
+    rollout = {"max_tokens_per_turn": 12, "stall_limit_s": 1.0}
+    with HangingServer() as server:
+        grader = {"type": "endpoint", "name": "slow", "url": server.base_url}
+        with pytest.raises(NoProgressError, match=r"step 0: evaluating validation: 3 rollouts(.|\n)*3 wait for grader"):
+            run_job(a_config(tmp_path, grader=grader, rollout=rollout), run_id="stuck")
+    store = RunStore.open(tmp_path / "runs" / "stuck")
+    state = store.read_state()
+    assert state["status"] == "failed" and "3 wait for grader" in state["error"]
+    assert store.writer() is None
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "rft-lookout"]
 
 
 def test_the_default_limit_is_longer_than_any_wait_that_is_allowed(tmp_path: Path) -> None:
