@@ -94,11 +94,11 @@ class Watchdog:
         looked = time.monotonic()
         while self._still_s < self._limit_s:
             await asyncio.sleep(self._tick_s)
-            now = time.monotonic()
-            self._lookout.beat = now
-            self._note_progress(now - looked)
-            looked = now
+            self._lookout.beat = time.monotonic()
             self._load = await self._ask_load()
+            now = time.monotonic()
+            self._note_progress(now - looked)  # nothing is awaited between this and the decision
+            looked = now
             self._write(is_active=True)
         return self._no_progress()
 

@@ -351,4 +351,5 @@ def test_the_waits_of_a_rollout_are_known_and_end_with_it() -> None:
     workshop = a_workshop(say(CALL, "I21.9"), environment=RecordingEnvironment(answer))
     rollout = run(workshop)
     assert seen == [f"{rollout.id} x-1 tool search"]
-    assert len(workshop.waits) == 0 and workshop.waits.num_ended == 5  # open, turn, call, turn, grade
+    assert workshop.waits.stops == {StopReason.ANSWERED: 1}
+    assert len(workshop.waits) == 0 and workshop.waits.num_ended == 6  # open, turn, call, turn, reply, grade

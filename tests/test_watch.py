@@ -80,12 +80,12 @@ def test_what_a_run_stands_still_for_is_named(store: RunStore, what: str) -> Non
     workshop = stuck_in(what)
     with a_watchdog(store) as watchdog:
         with pytest.raises(NoProgressError) as caught:
-            collect(watchdog, workshop, stall_limit_s=0.4)
+            collect(watchdog, workshop, stall_limit_s=1.0)
         left = asyncio.all_tasks(watchdog._loop.get_loop())
     text = str(caught.value)
     first, second, third = text.splitlines()[:3]
-    assert re.match(r"step 1: sampling: 4 rollouts are in flight and none got any further for \d s", first)
-    assert re.search(rf"4 wait for {what} +longest \d\.\d s, e\.g\. trace_\w{{32}} \(x-\d\)", second), "the cause first"
+    assert re.match(r"step 1: sampling: 4 rollouts are in flight and none got any further for \d+ s", first)
+    assert re.search(rf"4 wait for {what} +longest [\d.]+ s, e\.g\. trace_\w{{32}} \(x-\d\)", second), "the cause first"
     assert re.search(r"2 wait for slot", third), "who only waits for others last"
     assert "--resume" in text and "rollout.stall_limit_s" in text
     assert (len(watchdog.waits), left) == (0, set())
@@ -127,11 +127,11 @@ def test_slow_is_not_stuck(store: RunStore) -> None:
     """All in all longer than the limit, but something ends now and then."""
     limits = RolloutConfig(max_tokens_per_turn=400, max_concurrent=1)
     workshop = a_workshop(say("I21.9"), limits=limits)
-    workshop.engine.first_token_s = 0.1  # type: ignore[attr-defined]
+    workshop.engine.first_token_s = 0.3  # type: ignore[attr-defined]
     with a_watchdog(store) as watchdog:
         started = time.monotonic()
-        groups = collect(watchdog, workshop, stall_limit_s=0.5, num_items=5)
-        assert time.monotonic() - started > 1.0
+        groups = collect(watchdog, workshop, stall_limit_s=2.0, num_items=5)
+        assert time.monotonic() - started > 2.0
     assert [len(group.rollouts) for group in groups] == [2] * 5
 
 
@@ -150,13 +150,13 @@ def test_an_outage_is_not_a_stall(store: RunStore) -> None:
     async def story(watchdog: Watchdog) -> tuple[list[Group], list[str], FaultyToolServer]:
         environment = an_environment(port, said)
         workshop = a_workshop(say(CALL, "I21.9"), environment=environment, limits=PATIENT)
-        watchdog.attach(workshop.engine, environment.outages, 0.4)
+        watchdog.attach(workshop.engine, environment.outages, 1.0)
         collector, _ = a_collector(dataclasses.replace(workshop, waits=watchdog.waits))
         try:
             collecting = asyncio.create_task(collector.collect([an_item()], "train", 1, 6))
             await said.wait()
             down = []
-            for _ in range(12):  # three times the limit
+            for _ in range(30):  # three times the limit
                 await asyncio.sleep(0.1)
                 down = watchdog.live(is_active=True).down
             with a_server(port) as server:
@@ -252,11 +252,11 @@ def test_stops_are_counted_from_a_moment_on() -> None:
 
 def test_a_blocked_loop_is_reported_with_the_place(store: RunStore) -> None:
     def block(call: ToolCall) -> str:
-        time.sleep(1.0)  # what user code should not do: four times what counts as blocked
+        time.sleep(3.0)  # what user code should not do: three times what counts as blocked
         return "x"
 
     workshop = a_workshop(say(CALL, "I21.9"), environment=RecordingEnvironment(block), limits=PATIENT)
-    with a_watchdog(store) as watchdog:
+    with a_watchdog(store, tick_s=0.2) as watchdog:
         collect(watchdog, workshop, stall_limit_s=60, num_items=1)
     (event,) = [event for event in store.events() if "has not turned" in event["message"]]  # two calls, said once
     assert event["level"] == "warn"
@@ -379,7 +379,7 @@ class HangingServer(LoopbackServer):
 
 
 def test_a_whole_run_whose_grader_hangs_ends_with_the_cause(tmp_path: Path) -> None:
-    rollout = {"max_tokens_per_turn": 12, "stall_limit_s": 1.0}
+    rollout = {"max_tokens_per_turn": 12, "stall_limit_s": 3.0}
     with HangingServer() as server:
         grader = {"type": "endpoint", "name": "slow", "url": server.base_url}
         with pytest.raises(NoProgressError, match=r"step 0: evaluating validation: 3 rollouts(.|\n)*3 wait for grader"):
