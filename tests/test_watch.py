@@ -118,7 +118,7 @@ with RunStore.create(Path(sys.argv[1]), "run", {}) as store, asyncio.Runner() as
 def test_a_thread_that_never_returns_does_not_hold_the_process(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", STUCK_THREAD, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "1 wait for tool search" in ended.stdout
 
@@ -313,7 +313,7 @@ def test_sigusr1_says_who_waits_for_what_in_every_phase(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdin and process.stdout and process.stderr
-    killer = threading.Timer(90, process.kill)  # so that no read below can wait for ever
+    killer = threading.Timer(150, process.kill)  # so that no read below can wait for ever
     killer.start()
     said: dict[str, str] = {}
     try:
