@@ -35,6 +35,13 @@ class Session(Protocol):
         """What the world says to a message without tool calls; nothing: that message was the final answer."""
         return []
 
+    async def finish(self) -> None:
+        """The conversation has ended: do what takes time before `outcome` is asked, e.g. compute a reward.
+
+        Called once, before `close`; raises `ToolError` when it cannot be known how the episode went.
+        """
+        return
+
     def outcome(self) -> dict[str, Any]:
         """Facts about the end of the episode (JSON), e.g. {"reward": 1.0}; graders see them as `sample.environment`."""
         return {}

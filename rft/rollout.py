@@ -156,13 +156,29 @@ def _with_opening(item: Item, session: Session | None) -> Item:
 async def _close(session: Session, conversation: _Conversation) -> None:
     """Note how the episode went, and end it; a session that does not close in time costs a warning, not the run."""
     try:
-        conversation.outcome = session.outcome()
+        try:
+            await _finish(session)
+        finally:
+            conversation.outcome = session.outcome()
     finally:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await session.close()
         except TimeoutError:
             logger.warning("a session did not close within %.0f s and was left", _CLOSE_TIMEOUT_S)
+
+
+async def _finish(session: Session) -> None:
+    """Let the session find out how the episode went; one that is being cancelled does not wait long for it."""
+    task = asyncio.current_task()
+    is_cancelled = task is not None and task.cancelling() > 0
+    try:
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S if is_cancelled else None):
+            await session.finish()
+    except (TimeoutError, WorldError) as failure:
+        if not is_cancelled:
+            raise
+        logger.warning("how a cancelled episode went is not known: %s", failure)
 
 
 async def _respond(
