@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from rft.graders.base import Grader, Spec
 from rft.graders.cache import CachedGrader, GradeCache
 from rft.graders.endpoint import EndpointSpec
+from rft.graders.environment import EnvironmentSpec
 from rft.graders.judge import Judges
 from rft.graders.label_model import LabelModelSpec
 from rft.graders.multi import MultiSpec
@@ -36,7 +37,8 @@ PartSpec = Annotated[
     | ScoreModelSpec
     | LabelModelSpec
     | EndpointSpec
-    | RewardFunctionSpec,
+    | RewardFunctionSpec
+    | EnvironmentSpec,
     Field(discriminator="type"),
     BeforeValidator(from_sketch),
 ]
@@ -49,6 +51,7 @@ GraderSpec = Annotated[
     | ScoreModelSpec
     | EndpointSpec
     | RewardFunctionSpec
+    | EnvironmentSpec
     | MultiSpec,
     Field(discriminator="type"),
     BeforeValidator(from_sketch),
@@ -88,7 +91,7 @@ def _is_cached(spec: Spec) -> bool:
         return False  # its parts are
     if spec.cache is not None:
         return spec.cache
-    return not isinstance(spec, StringCheckSpec | EndpointSpec)
+    return not isinstance(spec, StringCheckSpec | EnvironmentSpec | EndpointSpec)
 
 
 def _build(spec: Any, tools: GraderTools) -> Grader:
@@ -121,6 +124,10 @@ def _build(spec: Any, tools: GraderTools) -> Grader:
             from rft.graders.endpoint import EndpointGrader
 
             return EndpointGrader(spec)
+        case EnvironmentSpec():
+            from rft.graders.environment import EnvironmentGrader
+
+            return EnvironmentGrader(spec)
         case MultiSpec():
             from rft.graders.multi import MultiGrader
 

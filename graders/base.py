@@ -61,14 +61,14 @@ def is_finite(value: float) -> bool:
 
 
 _TYPES = frozenset({"string_check", "text_similarity", "python", "score_model", "label_model", "endpoint", "multi"})
-_TYPES |= {"reward_function"}
+_TYPES |= {"reward_function", "environment"}
 
 
 def spec_path(loc: tuple[str | int, ...]) -> list[str]:
     """pydantic's location of an error as the user's path: without the type names that it puts in between."""
 
     def is_tag(index: int) -> bool:
-        is_first = index == 0 or loc[index - 1] == "grader"
+        is_first = index > 0 and loc[index - 1] == "grader"
         is_named = index >= 2 and loc[index - 2] in ("graders", "shadow_graders")
         return loc[index] in _TYPES and (is_first or is_named)
 

@@ -52,7 +52,7 @@ def _parse(kind: Any, tree: Any, where: str) -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        path = ".".join([where, *spec_path(problem["loc"])])
+        path = ".".join([where, *spec_path(("grader", *problem["loc"]))[1:]])
         cure = "compare it with the types in rft/graders"
         raise ConfigError(message.removeprefix("Value error, "), where=path, cure=cure) from None
 
