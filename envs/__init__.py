@@ -15,6 +15,9 @@ from pydantic import Field
 
 from rft.envs.base import Environment, Session, ToolSpecs
 from rft.envs.functions import FunctionsEnvironmentConfig
+from rft.envs.bridges.gymnasium import GymnasiumEnvironmentConfig
+from rft.envs.bridges.openenv import OpenEnvEnvironmentConfig
+from rft.envs.bridges.trl import TrlEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
 from rft.envs.retrieval import RetrievalEnvironmentConfig
@@ -24,10 +27,13 @@ __all__ = ["Environment", "EnvironmentConfig", "Session", "ToolSpecs", "build_en
 
 EnvironmentConfig = Annotated[
     FunctionsEnvironmentConfig
+    | GymnasiumEnvironmentConfig
     | HttpEnvironmentConfig
+    | OpenEnvEnvironmentConfig
     | PythonEnvironmentConfig
     | RetrievalEnvironmentConfig
-    | ShellEnvironmentConfig,
+    | ShellEnvironmentConfig
+    | TrlEnvironmentConfig,
     Field(discriminator="type"),
 ]
 
@@ -50,6 +56,18 @@ def build_environment(config: EnvironmentConfig) -> Environment:
         from rft.envs.shell import ShellEnvironment
 
         return ShellEnvironment(config)
+    if isinstance(config, TrlEnvironmentConfig):
+        from rft.envs.bridges.trl import TrlEnvironment
+
+        return TrlEnvironment(config)
+    if isinstance(config, GymnasiumEnvironmentConfig):
+        from rft.envs.bridges.gymnasium import GymnasiumEnvironment
+
+        return GymnasiumEnvironment(config)
+    if isinstance(config, OpenEnvEnvironmentConfig):
+        from rft.envs.bridges.openenv import OpenEnvEnvironment
+
+        return OpenEnvEnvironment(config)
     from rft.envs.python import PythonEnvironment
 
     return PythonEnvironment(config)

@@ -1,0 +1,379 @@
+"""OpenEnv servers: one WebSocket session per rollout, the model acts through `step` or through the server's MCP tools.
+
+The protocol is that of openenv-core 0.3.0 and openenv 0.10.0 (core/env_server/http_server.py, core/env_client.py),
+spoken directly: their packages are not needed. What the server calls a VALIDATION_ERROR is the model's to repair;
+every other error discards the rollout. A session that is lost cannot be resumed: its state is on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+
+from rft.envs.base import Session, ToolSpecs
+from rft.envs.bridges.foreign import arguments_of, as_text, clean, facts, no_such_tool, result_of, seed_of
+from rft.envs.outage import Outages
+from rft.envs.tasks import ArgumentError
+from rft.errors import ToolError, UserError
+from rft.types import Item, ToolCall, ToolResult
+from rft.wire import client, connection_problem, safe_url
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_TOOL = "step"
+_WHERE = "environment.url"
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_OUTAGES = 20  # that one rollout waits for
+_MAX_MESSAGE_BYTES = 100_000_000  # as OpenEnv's own client; what the model sees is bounded below
+_MCP_ACTIONS = ("CallToolAction", "ListToolsAction", "Action")  # titles of action classes that carry MCP calls
+_REPAIRABLE = ("invalid_args", "tool_not_found", "execution_error")  # errors of an MCP tool that the model is shown
+
+
+class OpenEnvEnvironmentConfig(BaseModel):
+    """`url`: where the server listens, e.g. http://127.0.0.1:8000. Headers are sent as they are and never shown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    type: Literal["openenv"] = "openenv"
+    url: str = Field(min_length=1)
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    action_schema: dict[str, Any] | None = Field(
+        None, description="of one action; null: what the server's /schema says"
+    )
+    description: str = Field("Act in the environment.", description="what the model reads about the tool step")
+    observation_key: str | None = Field(None, description="the field of an observation to show; null: all, as JSON")
+    reset: dict[str, Any] = Field(default_factory=dict, description="arguments of every reset")
+    reset_columns: tuple[str, ...] = Field((), description="columns of the row that reset gets too")
+    seed: Literal["item", "rollout"] = "item"
+    max_sessions: int | None = Field(None, ge=1, description="at once; a server's own limit is 1 unless it says more")
+    timeout_s: float = Field(default=600.0, gt=0, description="per reset and per step")
+    outage_limit_s: float = Field(default=600.0, gt=0, description="how long the server may be down")
+
+    @field_validator("url")
+    @classmethod
+    def _absolute(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            is_good = parts.scheme in ("http", "https", "ws", "wss") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:  # a port that is no number
+            is_good = False
+        if not is_good:
+            raise ValueError("must start with http:// or https://")
+        return url.rstrip("/")
+
+
+class OpenEnvEnvironment:
+    """Opens sessions on one server."""
+
+    def __init__(self, config: OpenEnvEnvironmentConfig) -> None:
+        self.config = config
+        self.outages = Outages(config.outage_limit_s)
+        self.http_url = "http" + config.url.removeprefix("http").removeprefix("ws")
+        self._slots = asyncio.Semaphore(config.max_sessions) if config.max_sessions else None
+        self._headers = {name: value.get_secret_value() for name, value in config.headers.items()}
+        self._http: aiohttp.ClientSession | None = None
+        self._tools: ToolSpecs = {}
+
+    async def discover(self) -> ToolSpecs:
+        """`step`, or the MCP tools of a server whose actions are tool calls. Raises UserError naming the cure."""
+        schema = self.config.action_schema or await self._action_schema()
+        if self.config.action_schema is None and schema.get("title") in _MCP_ACTIONS:
+            self._tools = await self._list_tools()
+        else:
+            self._tools = {_TOOL: _spec(_TOOL, self.config.description, _without_metadata(schema))}
+        return self._tools
+
+    async def check(self) -> None:
+        """The server accepts a connection within 5 s, or UserError names the cure."""
+        if problem := await connection_problem(self.http_url):
+            raise UserError(problem, where=_WHERE, cure="start the OpenEnv server, or correct the address")
+        if not self._tools:
+            await self.discover()
+
+    async def open(self, item: Item, rollout_id: str) -> OpenEnvSession:
+        """A session of its own, reset. Raises ToolError when the server refuses, NoProgressError when it stays away."""
+        if not self._tools:
+            await self.check()
+        if self._slots:
+            await self._slots.acquire()
+        session = None
+        try:
+            session = OpenEnvSession(self, await self._connect(), item)
+            await session.reset(self._reset_arguments(item, rollout_id))
+            return session
+        except BaseException:
+            await (session.close() if session else self.release())
+            raise
+
+    async def close(self) -> None:
+        await self.outages.close()
+        if self._http is not None:
+            await self._http.close()
+
+    @property
+    def tool_names(self) -> list[str]:
+        return list(self._tools)
+
+    @property
+    def is_mcp(self) -> bool:
+        return _TOOL not in self._tools  # a name that OpenEnv forbids for MCP tools
+
+    async def release(self) -> None:
+        """A session is gone."""
+        if self._slots:
+            self._slots.release()
+
+    async def report(self) -> None:
+        """A connection broke: if nothing listens there any more, all rollouts wait."""
+        if await connection_problem(self.http_url) is not None:
+            self.outages.report(safe_url(self.http_url), partial(connection_problem, self.http_url))
+
+    def _reset_arguments(self, item: Item, rollout_id: str) -> dict[str, Any]:
+        columns = {name: item.row[name] for name in self.config.reset_columns if name in item.row}
+        seed = seed_of(item, rollout_id, self.config.seed)
+        return {"seed": seed, "episode_id": rollout_id, **self.config.reset, **columns}
+
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+        import aiohttp
+
+        if self._http is None:
+            self._http = aiohttp.ClientSession(headers=self._headers)
+        for _ in range(_MAX_OUTAGES):
+            await self.outages.over(safe_url(self.http_url))
+            try:
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    return await self._http.ws_connect(f"{self.http_url}/ws", max_msg_size=_MAX_MESSAGE_BYTES)
+            except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+                failure = ToolError(f"{safe_url(self.http_url)}: no session: {_described(error)}")
+                if isinstance(error, aiohttp.WSServerHandshakeError):
+                    break  # it is up, and refuses
+            await self.report()
+        raise failure
+
+    async def _action_schema(self) -> dict[str, Any]:
+        import httpx
+
+        where, cure = safe_url(self.http_url), "start the OpenEnv server, correct the address, or set action_schema"
+        try:
+            async with client(timeout_s=_CONNECT_TIMEOUT_S, max_connections=1) as http:
+                reply = await http.get(f"{self.http_url}/schema", headers=self._headers)
+            schema = reply.json()["action"] if reply.status_code == 200 else None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise UserError(f"{where}/schema: {_described(error)}", where=_WHERE, cure=cure) from None
+        except (ValueError, RecursionError, KeyError, TypeError):
+            schema = None
+        if not isinstance(schema, dict):
+            problem = f"{where}/schema (HTTP {reply.status_code}) does not say what an action is"
+            raise UserError(problem, where=_WHERE, cure=cure)
+        return schema
+
+    async def _list_tools(self) -> ToolSpecs:
+        session = None
+        try:
+            session = OpenEnvSession(self, await self._connect(), None)
+            answer = await session.ask({"type": "step", "data": {"type": "list_tools"}})
+            tools = answer["observation"]["tools"]
+            return {tool["name"]: _spec(tool["name"], tool["description"], tool["input_schema"]) for tool in tools}
+        except (ToolError, ArgumentError, KeyError, TypeError) as error:
+            cure = "set environment.action_schema when the server has no MCP tools"
+            raise UserError(f"the server's tools cannot be listed: {error}", where=_WHERE, cure=cure) from error
+        finally:
+            if session is not None:
+                await session.end()
+
+
+class OpenEnvSession(Session):
+    """One WebSocket connection: the server gives each an environment of its own."""
+
+    def __init__(
+        self, environment: OpenEnvEnvironment, socket: aiohttp.ClientWebSocketResponse, item: Item | None
+    ) -> None:
+        self._environment, self._socket, self._item = environment, socket, item
+        self._turn = asyncio.Lock()  # an answer carries no number: it belongs to the last question
+        self._is_broken = False
+        self._reward, self._num_steps = 0.0, 0
+        self._last_reward: float | None = None
+        self._state: dict[str, Any] = {}
+
+    async def reset(self, arguments: dict[str, Any]) -> None:
+        try:
+            answer = await self.ask({"type": "reset", "data": arguments})
+        except ArgumentError as error:
+            raise ToolError(f"{self._place}: reset was refused: {error}") from None
+        self.is_over = answer.get("done") is True
+        self.opening = clean(self._shown(answer.get("observation")))
+
+    async def call(self, call: ToolCall) -> ToolResult:
+        """One step. What the server finds wrong with the action is shown to the model."""
+        started, is_error = time.monotonic(), False
+        try:
+            async with self._turn:
+                if self.is_over:
+                    raise ArgumentError("the episode is over")
+                output, is_error = self._read(await self.ask({"type": "step", "data": self._action(call)}))
+        except ArgumentError as error:
+            output, is_error = str(error), True
+        return result_of(call, output, time.monotonic() - started, is_error)
+
+    async def finish(self) -> None:
+        """Ask for the environment's state; a server that has none to tell is no failure."""
+        if self._is_broken:
+            return
+        try:
+            async with self._turn:
+                self._state = facts(await self.ask({"type": "state"}))
+        except (ToolError, ArgumentError):
+            self._state = {}
+
+    def outcome(self) -> dict[str, Any]:
+        """reward (the sum), last_reward, num_steps, done, state."""
+        rewards = {"reward": self._reward, "last_reward": self._last_reward}
+        return {**rewards, "num_steps": self._num_steps, "done": self.is_over, "state": self._state}
+
+    async def close(self) -> None:
+        try:
+            await self.end()
+        finally:
+            await self._environment.release()
+
+    async def end(self) -> None:
+        """Say goodbye and close the connection; the server closes the environment with it."""
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                if not self._socket.closed:
+                    await self._socket.send_json({"type": "close"})
+                await self._socket.close()
+        except OSError:  # it is gone already, or does not answer (TimeoutError)
+            self._is_broken = True
+
+    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send one message and return the `data` of its answer.
+
+        Raises ArgumentError for a message whose content the server refuses, ToolError for everything else.
+        """
+        if self._is_broken:
+            raise ToolError(f"{self._place}: the session is lost")
+        self._is_broken = True  # until the answer is here: without it the next one would be taken for it
+        answer = await self._exchange(message)
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(data, dict):
+            raise ToolError(f"{self._place}: the answer to {message['type']} is not of OpenEnv's form")
+        if answer["type"] != "error":
+            self._is_broken = False
+            return data
+        code, text = data.get("code"), data.get("message")
+        if code == "VALIDATION_ERROR":
+            self._is_broken = False
+            raise ArgumentError(_explained(data.get("errors"), str(text)))
+        cure = ""
+        if code == "CAPACITY_REACHED":
+            cure = "start the server with a larger max_concurrent_envs, or set environment.max_sessions to its limit"
+        raise ToolError(f"{self._place}: {message['type']} failed: {text} ({code})", cure=cure)
+
+    async def _exchange(self, message: dict[str, Any]) -> Any:
+        import aiohttp
+
+        timeout_s = self._environment.config.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send_str(clean(json.dumps(message, ensure_ascii=False)))
+                received = await self._socket.receive()
+        except TimeoutError:
+            raise ToolError(f"{self._place}: no answer to {message['type']} within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            await self._environment.report()
+            raise ToolError(f"{self._place}: the connection broke: {_described(error)}") from None
+        if received.type is not aiohttp.WSMsgType.TEXT:
+            await self._environment.report()
+            raise ToolError(f"{self._place}: the server closed the session")
+        try:
+            return json.loads(received.data)
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def _place(self) -> str:
+        return safe_url(self._environment.http_url)
+
+    def _action(self, call: ToolCall) -> dict[str, Any]:
+        names = [name for name in self._environment.tool_names if self._item and name in self._item.tool_names]
+        if call.name not in names:
+            raise no_such_tool(call.name, names)
+        arguments = arguments_of(call)
+        if self._environment.is_mcp:
+            return {"type": "call_tool", "tool_name": call.name, "arguments": arguments}
+        return arguments
+
+    def _read(self, answer: dict[str, Any]) -> tuple[str, bool]:
+        """Note the reward and the ending; the observation as text, and whether it reports an error."""
+        reward = answer.get("reward")
+        if reward is not None:
+            if not isinstance(reward, int | float) or reward != reward or abs(reward) == float("inf"):
+                raise ToolError(f"{self._place}: the reward {reward!r} is not a finite number")
+            self._last_reward = float(reward)
+            self._reward += float(reward)
+        self._num_steps += 1
+        self.is_over = answer.get("done") is True
+        observation = answer.get("observation")
+        return _called(observation) if self._environment.is_mcp else (self._shown(observation), False)
+
+    def _shown(self, observation: Any) -> str:
+        key = self._environment.config.observation_key
+        if key is None:
+            return as_text(observation) if observation else ""
+        if not isinstance(observation, dict) or key not in observation:
+            problem = f"{self._place}: the observation has no {key}"
+            raise ToolError(problem, cure=f"set environment.observation_key to one of: {_keys(observation)}")
+        return as_text(observation[key])
+
+
+def _called(observation: Any) -> tuple[str, bool]:
+    """The result of an MCP tool as text. Raises ToolError where the tool could not be run."""
+    if not isinstance(observation, dict):
+        return as_text(observation), False
+    error, result = observation.get("error"), observation.get("result")
+    if isinstance(error, dict):
+        text = str(error.get("message"))
+        if error.get("error_type") not in _REPAIRABLE:
+            raise ToolError(f"tool {observation.get('tool_name')}: {text} ({error.get('error_type')})")
+        return text, True
+    if not isinstance(result, dict) or not isinstance(content := result.get("content"), list):
+        return as_text(result), False
+    parts = [part.get("text", "") for part in content if isinstance(part, dict)]
+    return "\n".join(as_text(part) for part in parts), result.get("is_error") is True
+
+
+def _spec(name: str, description: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "description": description, "parameters": {"type": "object", **parameters}}
+    return {"type": "function", "function": function}
+
+
+def _without_metadata(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without what says nothing to a model: the class's name, and the metadata every action may have."""
+    properties = {name: part for name, part in schema.get("properties", {}).items() if name != "metadata"}
+    kept = {key: value for key, value in schema.items() if key not in ("title", "description")}
+    return {**kept, "properties": properties}
+
+
+def _explained(errors: Any, otherwise: str) -> str:
+    """One line per thing that is wrong with an action, as pydantic found it on the server."""
+    if not isinstance(errors, list) or not all(isinstance(error, dict) for error in errors) or not errors:
+        return otherwise
+    return "; ".join(
+        f"{'.'.join(['arguments', *map(str, error.get('loc', []))])}: {error.get('msg')}" for error in errors
+    )
+
+
+def _keys(observation: Any) -> str:
+    return ", ".join(observation) if isinstance(observation, dict) else "none, it is not an object"
+
+
+def _described(error: Exception) -> str:
+    return type(error).__name__ if not isinstance(error, OSError) else "cannot connect"
