@@ -24,6 +24,10 @@ class Session(Protocol):
     is_over: bool = False
     """True once the world has ended the episode: no further turn is sampled."""
 
+    def hear(self, message: Message) -> None:
+        """The model's whole message of a turn, said before its calls are executed or it is replied to."""
+        return
+
     async def call(self, call: ToolCall) -> ToolResult:
         """Execute one well-formed call; what the model should see comes back, `ToolError` means discard.
 

@@ -124,6 +124,8 @@ async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Convers
         next_ids, is_fork = workshop.chat.first_prompt(conversation.item), False
         for index in range(workshop.limits.max_turns):
             turn = await _sample_turn(attempt, workshop, conversation, next_ids, is_fork, index)
+            if session is not None and turn is not None:
+                session.hear(turn.message)
             if turn is None or turn.finish_reason == "length":
                 return StopReason.MAX_TOKENS
             ending = await _respond(attempt, workshop, conversation, session, turn)
