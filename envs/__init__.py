@@ -18,6 +18,7 @@ from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.bridges.gymnasium import GymnasiumEnvironmentConfig
 from rft.envs.bridges.openenv import OpenEnvEnvironmentConfig
 from rft.envs.bridges.trl import TrlEnvironmentConfig
+from rft.envs.bridges.verifiers import VerifiersEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
 from rft.envs.retrieval import RetrievalEnvironmentConfig
@@ -33,7 +34,8 @@ EnvironmentConfig = Annotated[
     | PythonEnvironmentConfig
     | RetrievalEnvironmentConfig
     | ShellEnvironmentConfig
-    | TrlEnvironmentConfig,
+    | TrlEnvironmentConfig
+    | VerifiersEnvironmentConfig,
     Field(discriminator="type"),
 ]
 
@@ -68,6 +70,10 @@ def build_environment(config: EnvironmentConfig) -> Environment:
         from rft.envs.bridges.openenv import OpenEnvEnvironment
 
         return OpenEnvEnvironment(config)
+    if isinstance(config, VerifiersEnvironmentConfig):
+        from rft.envs.bridges.verifiers import VerifiersEnvironment
+
+        return VerifiersEnvironment(config)
     from rft.envs.python import PythonEnvironment
 
     return PythonEnvironment(config)

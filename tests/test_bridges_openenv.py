@@ -185,7 +185,6 @@ def test_a_full_server_says_so_and_max_sessions_waits() -> None:
                 return (await session.call(a_call("step", {"text": "a"}))).output
             finally:
                 await session.close()
-                assert server.wait_until_empty()  # the server notices a close a moment after us
 
         try:
             return await asyncio.gather(*(rollout(number) for number in range(4)), return_exceptions=True)

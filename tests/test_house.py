@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "graders", "trainers")
-HEAVY = "torch transformers vllm peft accelerate numpy matplotlib bm25s simple_icd_10_cm docstring_parser"
+HEAVY = (
+    "torch transformers vllm peft accelerate numpy "
+    "matplotlib bm25s simple_icd_10_cm docstring_parser aiohttp gymnasium verifiers"
+)
 
 
 def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -244,11 +244,12 @@ class OpenEnvSession(Session):
             await self._environment.release()
 
     async def end(self) -> None:
-        """Say goodbye and close the connection; the server closes the environment with it."""
+        """Say goodbye; the server closes the environment, makes room for another, and then hangs up."""
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                if not self._socket.closed:
+                if not (self._socket.closed or self._is_broken):
                     await self._socket.send_json({"type": "close"})
+                    await self._socket.receive()
                 await self._socket.close()
         except OSError:  # it is gone already, or does not answer (TimeoutError)
             self._is_broken = True

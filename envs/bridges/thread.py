@@ -47,16 +47,22 @@ class ForeignThread:
             raise ToolError(f"{what}: no answer within {timeout_s:g} s") from None
 
     async def end(self, what: str, close: Callable[[], Any] | None) -> None:
-        """Run `close` in the thread, and stop it. What hangs or fails costs a warning: the rollout is over."""
+        """Run `close` in the thread, and stop it; see `settle`."""
         try:
-            if close is not None and self.is_stuck:  # it will run when what is stuck ever ends
+            if close is not None:
+                await self.settle(what, close)
+        finally:
+            self.stop()
+
+    async def settle(self, what: str, close: Callable[[], Any]) -> None:
+        """Run `close` in the thread. What hangs or fails costs a warning: the rollout is over."""
+        try:
+            if self.is_stuck:  # it will run when what is stuck ever ends
                 asyncio.run_coroutine_threadsafe(_call(close), self._started())
-            elif close is not None:
+            else:
                 await self.run(f"{what}: close", close, _CLOSE_TIMEOUT_S)
         except Exception as error:  # foreign code: it may raise anything
             logger.warning("%s did not close: %s", what, type(error).__name__)
-        finally:
-            self.stop()
 
     def stop(self) -> None:
         """End the thread once what runs in it now has ended; waits for nothing."""
