@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bridging import a_call, an_environment, specs_of
 
+from rft.data import load_items
 from rft.envs import Session
 from rft.envs.bridges.verifiers import export_rows, load
 from rft.errors import ToolError, UserError
@@ -160,6 +164,15 @@ def test_tools_and_rows_come_from_the_environment() -> None:
         "messages": [{"role": "system", "content": "Calculate."}, {"role": "user", "content": "1+1"}],
         "tools": [specs["add"]],
     }
+
+
+def test_the_script_writes_rows_that_load(tmp_path: Path) -> None:
+    out, root = tmp_path / "rows.jsonl", Path(__file__).resolve().parent.parent
+    command = [sys.executable, str(root / "scripts/prepare_verifiers"), f"{HERE}:calculator", str(out), "--limit", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    (item,) = load_items(out, specs_of(**config("calculator")))
+    assert (item.tool_names, item.messages[-1].content, item.row["answer"]) == (["add"], "1+1", "2")
 
 
 def test_tool_calls_and_the_rubric() -> None:

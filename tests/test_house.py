@@ -72,7 +72,9 @@ def test_pinned_set_fits_the_requirements() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & pins.keys()
 
 
-@pytest.mark.parametrize("name", ["setup", "quickstart", "test", "check", "prepare_model", "prepare_icd10"])
+@pytest.mark.parametrize(
+    "name", ["setup", "quickstart", "test", "check", "prepare_model", "prepare_icd10", "prepare_verifiers"]
+)
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
 

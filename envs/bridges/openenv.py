@@ -8,7 +8,6 @@ every other error discards the rollout. A session that is lost cannot be resumed
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from rft.envs.base import Session, ToolSpecs
 from rft.envs.bridges.foreign import arguments_of, as_text, clean, facts, no_such_tool, result_of, seed_of
+from rft.envs.bridges.openenv_wire import Connection, described, tool_answer
 from rft.envs.outage import Outages
 from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError, UserError
@@ -33,7 +33,6 @@ _CONNECT_TIMEOUT_S = 10.0
 _MAX_OUTAGES = 20  # that one rollout waits for
 _MAX_MESSAGE_BYTES = 100_000_000  # as OpenEnv's own client; what the model sees is bounded below
 _MCP_ACTIONS = ("CallToolAction", "ListToolsAction", "Action")  # titles of action classes that carry MCP calls
-_REPAIRABLE = ("invalid_args", "tool_not_found", "execution_error")  # errors of an MCP tool that the model is shown
 
 
 class OpenEnvEnvironmentConfig(BaseModel):
@@ -140,7 +139,7 @@ class OpenEnvEnvironment:
         seed = seed_of(item, rollout_id, self.config.seed)
         return {"seed": seed, "episode_id": rollout_id, **self.config.reset, **columns}
 
-    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+    async def _connect(self) -> Connection:
         import aiohttp
 
         if self._http is None:
@@ -149,9 +148,10 @@ class OpenEnvEnvironment:
             await self.outages.over(safe_url(self.http_url))
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                    return await self._http.ws_connect(f"{self.http_url}/ws", max_msg_size=_MAX_MESSAGE_BYTES)
+                    socket = await self._http.ws_connect(f"{self.http_url}/ws", max_msg_size=_MAX_MESSAGE_BYTES)
+                return Connection(socket, safe_url(self.http_url), self.config.timeout_s, self.report)
             except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
-                failure = ToolError(f"{safe_url(self.http_url)}: no session: {_described(error)}")
+                failure = ToolError(f"{safe_url(self.http_url)}: no session: {described(error)}")
                 if isinstance(error, aiohttp.WSServerHandshakeError):
                     break  # it is up, and refuses
             await self.report()
@@ -166,7 +166,7 @@ class OpenEnvEnvironment:
                 reply = await http.get(f"{self.http_url}/schema", headers=self._headers)
             schema = reply.json()["action"] if reply.status_code == 200 else None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(f"{where}/schema: {_described(error)}", where=_WHERE, cure=cure) from None
+            raise UserError(f"{where}/schema: {described(error)}", where=_WHERE, cure=cure) from None
         except (ValueError, RecursionError, KeyError, TypeError):
             schema = None
         if not isinstance(schema, dict):
@@ -175,36 +175,33 @@ class OpenEnvEnvironment:
         return schema
 
     async def _list_tools(self) -> ToolSpecs:
-        session = None
+        connection = None
         try:
-            session = OpenEnvSession(self, await self._connect(), None)
-            answer = await session.ask({"type": "step", "data": {"type": "list_tools"}})
+            connection = await self._connect()
+            answer = await connection.ask({"type": "step", "data": {"type": "list_tools"}})
             tools = answer["observation"]["tools"]
             return {tool["name"]: _spec(tool["name"], tool["description"], tool["input_schema"]) for tool in tools}
         except (ToolError, ArgumentError, KeyError, TypeError) as error:
             cure = "set environment.action_schema when the server has no MCP tools"
             raise UserError(f"the server's tools cannot be listed: {error}", where=_WHERE, cure=cure) from error
         finally:
-            if session is not None:
-                await session.end()
+            if connection is not None:
+                await connection.end()
 
 
 class OpenEnvSession(Session):
     """One WebSocket connection: the server gives each an environment of its own."""
 
-    def __init__(
-        self, environment: OpenEnvEnvironment, socket: aiohttp.ClientWebSocketResponse, item: Item | None
-    ) -> None:
-        self._environment, self._socket, self._item = environment, socket, item
-        self._turn = asyncio.Lock()  # an answer carries no number: it belongs to the last question
-        self._is_broken = False
+    def __init__(self, environment: OpenEnvEnvironment, connection: Connection, item: Item) -> None:
+        self._environment, self._connection, self._item = environment, connection, item
+        self._turn = asyncio.Lock()
         self._reward, self._num_steps = 0.0, 0
         self._last_reward: float | None = None
         self._state: dict[str, Any] = {}
 
     async def reset(self, arguments: dict[str, Any]) -> None:
         try:
-            answer = await self.ask({"type": "reset", "data": arguments})
+            answer = await self._connection.ask({"type": "reset", "data": arguments})
         except ArgumentError as error:
             raise ToolError(f"{self._place}: reset was refused: {error}") from None
         self.is_over = answer.get("done") is True
@@ -217,18 +214,18 @@ class OpenEnvSession(Session):
             async with self._turn:
                 if self.is_over:
                     raise ArgumentError("the episode is over")
-                output, is_error = self._read(await self.ask({"type": "step", "data": self._action(call)}))
+                output, is_error = self._read(await self._connection.ask({"type": "step", "data": self._action(call)}))
         except ArgumentError as error:
             output, is_error = str(error), True
         return result_of(call, output, time.monotonic() - started, is_error)
 
     async def finish(self) -> None:
         """Ask for the environment's state; a server that has none to tell is no failure."""
-        if self._is_broken:
+        if self._connection.is_broken:
             return
         try:
             async with self._turn:
-                self._state = facts(await self.ask({"type": "state"}))
+                self._state = facts(await self._connection.ask({"type": "state"}))
         except (ToolError, ArgumentError):
             self._state = {}
 
@@ -239,72 +236,16 @@ class OpenEnvSession(Session):
 
     async def close(self) -> None:
         try:
-            await self.end()
+            await self._connection.end()
         finally:
             await self._environment.release()
-
-    async def end(self) -> None:
-        """Say goodbye; the server closes the environment, makes room for another, and then hangs up."""
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                if not (self._socket.closed or self._is_broken):
-                    await self._socket.send_json({"type": "close"})
-                    await self._socket.receive()
-                await self._socket.close()
-        except OSError:  # it is gone already, or does not answer (TimeoutError)
-            self._is_broken = True
-
-    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send one message and return the `data` of its answer.
-
-        Raises ArgumentError for a message whose content the server refuses, ToolError for everything else.
-        """
-        if self._is_broken:
-            raise ToolError(f"{self._place}: the session is lost")
-        self._is_broken = True  # until the answer is here: without it the next one would be taken for it
-        answer = await self._exchange(message)
-        data = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(data, dict):
-            raise ToolError(f"{self._place}: the answer to {message['type']} is not of OpenEnv's form")
-        if answer["type"] != "error":
-            self._is_broken = False
-            return data
-        code, text = data.get("code"), data.get("message")
-        if code == "VALIDATION_ERROR":
-            self._is_broken = False
-            raise ArgumentError(_explained(data.get("errors"), str(text)))
-        cure = ""
-        if code == "CAPACITY_REACHED":
-            cure = "start the server with a larger max_concurrent_envs, or set environment.max_sessions to its limit"
-        raise ToolError(f"{self._place}: {message['type']} failed: {text} ({code})", cure=cure)
-
-    async def _exchange(self, message: dict[str, Any]) -> Any:
-        import aiohttp
-
-        timeout_s = self._environment.config.timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._socket.send_str(clean(json.dumps(message, ensure_ascii=False)))
-                received = await self._socket.receive()
-        except TimeoutError:
-            raise ToolError(f"{self._place}: no answer to {message['type']} within {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            await self._environment.report()
-            raise ToolError(f"{self._place}: the connection broke: {_described(error)}") from None
-        if received.type is not aiohttp.WSMsgType.TEXT:
-            await self._environment.report()
-            raise ToolError(f"{self._place}: the server closed the session")
-        try:
-            return json.loads(received.data)
-        except (ValueError, RecursionError):
-            return None
 
     @property
     def _place(self) -> str:
         return safe_url(self._environment.http_url)
 
     def _action(self, call: ToolCall) -> dict[str, Any]:
-        names = [name for name in self._environment.tool_names if self._item and name in self._item.tool_names]
+        names = [name for name in self._environment.tool_names if name in self._item.tool_names]
         if call.name not in names:
             raise no_such_tool(call.name, names)
         arguments = arguments_of(call)
@@ -323,7 +264,7 @@ class OpenEnvSession(Session):
         self._num_steps += 1
         self.is_over = answer.get("done") is True
         observation = answer.get("observation")
-        return _called(observation) if self._environment.is_mcp else (self._shown(observation), False)
+        return tool_answer(observation) if self._environment.is_mcp else (self._shown(observation), False)
 
     def _shown(self, observation: Any) -> str:
         key = self._environment.config.observation_key
@@ -333,22 +274,6 @@ class OpenEnvSession(Session):
             problem = f"{self._place}: the observation has no {key}"
             raise ToolError(problem, cure=f"set environment.observation_key to one of: {_keys(observation)}")
         return as_text(observation[key])
-
-
-def _called(observation: Any) -> tuple[str, bool]:
-    """The result of an MCP tool as text. Raises ToolError where the tool could not be run."""
-    if not isinstance(observation, dict):
-        return as_text(observation), False
-    error, result = observation.get("error"), observation.get("result")
-    if isinstance(error, dict):
-        text = str(error.get("message"))
-        if error.get("error_type") not in _REPAIRABLE:
-            raise ToolError(f"tool {observation.get('tool_name')}: {text} ({error.get('error_type')})")
-        return text, True
-    if not isinstance(result, dict) or not isinstance(content := result.get("content"), list):
-        return as_text(result), False
-    parts = [part.get("text", "") for part in content if isinstance(part, dict)]
-    return "\n".join(as_text(part) for part in parts), result.get("is_error") is True
 
 
 def _spec(name: str, description: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -363,18 +288,5 @@ def _without_metadata(schema: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "properties": properties}
 
 
-def _explained(errors: Any, otherwise: str) -> str:
-    """One line per thing that is wrong with an action, as pydantic found it on the server."""
-    if not isinstance(errors, list) or not all(isinstance(error, dict) for error in errors) or not errors:
-        return otherwise
-    return "; ".join(
-        f"{'.'.join(['arguments', *map(str, error.get('loc', []))])}: {error.get('msg')}" for error in errors
-    )
-
-
 def _keys(observation: Any) -> str:
     return ", ".join(observation) if isinstance(observation, dict) else "none, it is not an object"
-
-
-def _described(error: Exception) -> str:
-    return type(error).__name__ if not isinstance(error, OSError) else "cannot connect"
