@@ -47,7 +47,8 @@ class EchoWorld:
         self.heard, self.reset_with = [], data
         if data.get("refuse"):
             raise RuntimeError("no such level")
-        return {"observation": {"text": f"Say something, {data.get('name', 'you')}."}, "reward": None, "done": False}
+        observation = {"metadata": {"level": 1}, "text": f"Say something, {data.get('name', 'you')}."}  # as 0.10.0 does
+        return {"observation": observation, "reward": None, "done": False}
 
     def step(self, data: dict[str, Any]) -> dict[str, Any]:
         action = EchoAction.model_validate(data)

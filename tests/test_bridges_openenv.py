@@ -248,6 +248,6 @@ def test_a_missing_server_or_schema_is_a_user_error() -> None:
 
 
 def test_an_observation_without_the_key_names_those_it_has() -> None:
-    with OpenEnvServer() as server, pytest.raises(ToolError, match="observation_key to one of: text"):
+    with OpenEnvServer() as server, pytest.raises(ToolError, match="observation_key to one of: metadata, text"):
         with_session(_nothing, config(server, observation_key="prompt"))
     assert EchoWorld.action_class.__name__ == "EchoAction"

@@ -269,6 +269,8 @@ class OpenEnvSession(Session):
     def _shown(self, observation: Any) -> str:
         key = self._environment.config.observation_key
         if key is None:
+            if isinstance(observation, dict):  # 0.10.0 sends metadata among the rest, 0.3.0 keeps it to itself
+                observation = {name: value for name, value in observation.items() if name != "metadata"}
             return as_text(observation) if observation else ""
         if not isinstance(observation, dict) or key not in observation:
             problem = f"{self._place}: the observation has no {key}"
