@@ -14,11 +14,11 @@ from typing import Annotated
 from pydantic import Field
 
 from rft.envs.base import Environment, Session, ToolSpecs
-from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.bridges.gymnasium import GymnasiumEnvironmentConfig
 from rft.envs.bridges.openenv import OpenEnvEnvironmentConfig
 from rft.envs.bridges.trl import TrlEnvironmentConfig
 from rft.envs.bridges.verifiers import VerifiersEnvironmentConfig
+from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
 from rft.envs.retrieval import RetrievalEnvironmentConfig
