@@ -1,6 +1,6 @@
 """A server process that belongs to this one: started with its log, watched, ended with everything it started.
 
-Guarantees: nothing of the process tree outlives `close` or our own death, however we die (see supervise.py). Knows
+Guarantees: nothing of the process tree outlives `close` or our own death, however we die (see rft/supervise.py). Knows
 nothing of what the process serves.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-_SUPERVISOR = Path(__file__).with_name("supervise.py")
+from rft.supervise import supervised
+
 _CLOSE_TIMEOUT_S = 20.0  # the supervisor itself gives the command twice 8 s
 _TAIL_BYTES = 65536
 _MAX_SOCKET_PATH = 90  # bytes; the system's limit is 107
@@ -69,11 +69,7 @@ async def launch(command: list[str], env: dict[str, str], scratch: Path, log_pat
     with log_path.open("ab") as log:
         log_offset = log.tell()
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(_SUPERVISOR),
-            str(scratch),
-            *command,
+            *supervised(command, scratch),
             stdin=asyncio.subprocess.PIPE,
             stdout=log,
             stderr=log,

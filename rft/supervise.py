@@ -1,9 +1,10 @@
-"""A program that runs one command and never leaves anything of it behind: `python supervise.py SCRATCH COMMAND...`
+"""A program that runs one command and never leaves anything of it behind: `python supervise.py LIFELINE GRACE SCRATCH
+COMMAND...`; `supervised` makes that command line.
 
-The command gets its own session. When it exits, when standard input reaches its end (the process that holds the
-other side closed it or died, by SIGKILL too) or on SIGTERM, the whole process group is ended, SIGTERM first, and the
-folder SCRATCH is removed. Standard library only; run by path, so that it starts in milliseconds. It cannot act when
-it is itself killed by SIGKILL; then the command still gets SIGTERM on Linux, its own children only what it tells them.
+The command gets its own session. When it exits, when its owner is gone (see `supervised`) or on SIGTERM, the whole
+process group is ended, SIGTERM first. Standard library only; run by path, so that it starts in milliseconds. It cannot
+act when it is itself killed by SIGKILL; then the command still gets SIGTERM on Linux, its own children only what it
+tells them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 _GRACE_S = 8.0  # vLLM needs about two seconds to remove its shared memory and end its workers
 _POLL_S = 0.02
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(scratch: str, command: list[str]) -> int:
-    """Run `command` until it or our parent ends; returns its exit status (negative: the signal that ended it)."""
+def supervised(
+    command: list[str], scratch: Path, lifeline: Literal["stdin", "parent"] = "stdin", grace_s: float = _GRACE_S
+) -> list[str]:
+    """The command line that runs `command` under supervision; it has `grace_s` seconds for each of two signals.
+
+    stdin: the owner is gone when the supervisor's standard input ends; the command itself reads nothing. The folder
+    `scratch` is removed at the end. parent: the owner is this process, on Linux; the command has our standard input.
+    Several commands may share `scratch`: it is removed only when the owner died.
+    """
+    sign = str(os.getpid()) if lifeline == "parent" else lifeline
+    return [sys.executable, "-I", str(Path(__file__).resolve()), sign, str(grace_s), str(scratch), *command]
+
+
+def main(lifeline: str, grace_s: float, scratch: str, command: list[str]) -> int:
+    """Run `command` until it or its owner ends; returns its exit status (negative: the signal that ended it)."""
     wake_reader, wake_writer = os.pipe()
     for end in (wake_reader, wake_writer):
         os.set_blocking(end, False)
@@ -32,35 +47,45 @@ def main(scratch: str, command: list[str]) -> int:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(wake_writer)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the group come to us, so that we can see them end
+    watches_stdin = lifeline == "stdin"
+    if not watches_stdin:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     child = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if watches_stdin else None,
         start_new_session=True,
         preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # safe: one thread
     )
     try:
-        while child.poll() is None and not _should_stop(wake_reader):
+        is_orphan = _is_orphan(lifeline)  # the owner may have died before we asked to be told
+        while not is_orphan and child.poll() is None and not _should_stop(wake_reader, watches_stdin):
             pass
     finally:
-        _end_group(child)
-        shutil.rmtree(scratch, ignore_errors=True)
+        _end_group(child, grace_s)
+        if watches_stdin or _is_orphan(lifeline):
+            shutil.rmtree(scratch, ignore_errors=True)
         _remove_openmp_marks()
     return child.returncode
 
 
-def _should_stop(wake_reader: int) -> bool:
-    """Wait for a signal or for our parent; True when the command must end."""
-    ready, _, _ = select.select([sys.stdin.fileno(), wake_reader], [], [])
-    if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 1024):
+def _is_orphan(lifeline: str) -> bool:
+    return lifeline != "stdin" and os.getppid() != int(lifeline)
+
+
+def _should_stop(wake_reader: int, watches_stdin: bool) -> bool:
+    """Wait for a signal or for our owner; True when the command must end."""
+    stdin = [sys.stdin.fileno()] if watches_stdin else []
+    ready, _, _ = select.select([*stdin, wake_reader], [], [])
+    if stdin and stdin[0] in ready and not os.read(stdin[0], 1024):
         return True
     if wake_reader not in ready:
         return False
     return bool({signal.SIGTERM, signal.SIGINT} & set(os.read(wake_reader, 1024)))
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
+def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     for number in (int(signal.SIGTERM), int(signal.SIGKILL)):
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + grace_s
         while _signal_group(child.pid, number) and time.monotonic() < deadline:
             number = 0  # asked once; from now on only look whether anything is left
             child.poll()
@@ -103,5 +128,5 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1], sys.argv[2:])
+    status = main(sys.argv[1], float(sys.argv[2]), sys.argv[3], sys.argv[4:])
     sys.exit(status if status >= 0 else 128 - status)
