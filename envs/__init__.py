@@ -9,6 +9,7 @@ from __future__ import annotations
 if __name__ != "rft.envs":
     raise ImportError("this folder is the package rft.envs: `import rft.envs`, not `import envs`")
 
+from importlib import import_module
 from typing import Annotated
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from rft.envs.bridges.trl import TrlEnvironmentConfig
 from rft.envs.bridges.verifiers import VerifiersEnvironmentConfig
 from rft.envs.functions import FunctionsEnvironmentConfig
 from rft.envs.http import HttpEnvironmentConfig
+from rft.envs.mcp import McpEnvironmentConfig
 from rft.envs.python import PythonEnvironmentConfig
 from rft.envs.retrieval import RetrievalEnvironmentConfig
 from rft.envs.shell import ShellEnvironmentConfig
@@ -30,6 +32,7 @@ EnvironmentConfig = Annotated[
     FunctionsEnvironmentConfig
     | GymnasiumEnvironmentConfig
     | HttpEnvironmentConfig
+    | McpEnvironmentConfig
     | OpenEnvEnvironmentConfig
     | PythonEnvironmentConfig
     | RetrievalEnvironmentConfig
@@ -41,42 +44,10 @@ EnvironmentConfig = Annotated[
 
 
 def build_environment(config: EnvironmentConfig) -> Environment:
-    """The adapter that `config.type` names, imported when used."""
-    if isinstance(config, HttpEnvironmentConfig):
-        from rft.envs.http import HttpEnvironment
-
-        return HttpEnvironment(config)
-    if isinstance(config, FunctionsEnvironmentConfig):
-        from rft.envs.functions import FunctionsEnvironment
-
-        return FunctionsEnvironment(config)
-    if isinstance(config, RetrievalEnvironmentConfig):
-        from rft.envs.retrieval import RetrievalEnvironment
-
-        return RetrievalEnvironment(config)
-    if isinstance(config, ShellEnvironmentConfig):
-        from rft.envs.shell import ShellEnvironment
-
-        return ShellEnvironment(config)
-    if isinstance(config, TrlEnvironmentConfig):
-        from rft.envs.bridges.trl import TrlEnvironment
-
-        return TrlEnvironment(config)
-    if isinstance(config, GymnasiumEnvironmentConfig):
-        from rft.envs.bridges.gymnasium import GymnasiumEnvironment
-
-        return GymnasiumEnvironment(config)
-    if isinstance(config, OpenEnvEnvironmentConfig):
-        from rft.envs.bridges.openenv import OpenEnvEnvironment
-
-        return OpenEnvEnvironment(config)
-    if isinstance(config, VerifiersEnvironmentConfig):
-        from rft.envs.bridges.verifiers import VerifiersEnvironment
-
-        return VerifiersEnvironment(config)
-    from rft.envs.python import PythonEnvironment
-
-    return PythonEnvironment(config)
+    """The adapter of a config: `XEnvironment` for `XEnvironmentConfig`, in the same module."""
+    name = type(config).__name__.removesuffix("Config")
+    environment: Environment = getattr(import_module(type(config).__module__), name)(config)
+    return environment
 
 
 async def discover_tools(config: EnvironmentConfig | None) -> ToolSpecs:

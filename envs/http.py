@@ -35,6 +35,14 @@ from rft.wire import (
 _MAX_OUTAGES = 20  # that one call waits for
 
 
+def check_headers(headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    """The headers as they are; ValueError when HTTP cannot send one."""
+    for name, value in headers.items():
+        if not (name + value.get_secret_value()).isprintable() or not name.isascii():
+            raise ValueError(f"header {name!r} contains characters that HTTP cannot send")
+    return headers
+
+
 class HttpToolConfig(BaseModel):
     """One tool and its endpoint; several tools may share a URL. `headers` are sent as they are and never shown."""
 
@@ -47,13 +55,7 @@ class HttpToolConfig(BaseModel):
     max_attempts: int = Field(default=4, ge=1, description="the first and its retries")
     rate_limit: float | None = Field(default=None, gt=0, description="requests per second, retries included")
 
-    @field_validator("headers")
-    @classmethod
-    def _sendable(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-        for name, value in headers.items():
-            if not (name + value.get_secret_value()).isprintable() or not name.isascii():
-                raise ValueError(f"header {name!r} contains characters that HTTP cannot send")
-        return headers
+    _sendable = field_validator("headers")(check_headers)
 
 
 class HttpEnvironmentConfig(BaseModel):
@@ -78,12 +80,13 @@ class HttpEnvironmentConfig(BaseModel):
         if not self.tools and self.serve is None:
             raise ValueError("tools: at least one is needed, or `serve` with the name of a task")
         for tool in self.tools:
-            if not _is_absolute(tool.server_url) and not (self.serve and tool.server_url.startswith("/")):
+            if not is_absolute(tool.server_url) and not (self.serve and tool.server_url.startswith("/")):
                 raise ValueError(f"tools: the server_url of {tool.name} must start with http:// or https://")
         return self
 
 
-def _is_absolute(url: str) -> bool:
+def is_absolute(url: str) -> bool:
+    """Whether it is a complete http or https URL."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -166,7 +169,7 @@ class HttpEnvironment:
         return self._tools.get(name)
 
     def _url(self, tool: HttpToolConfig) -> str:
-        if _is_absolute(tool.server_url):
+        if is_absolute(tool.server_url):
             return tool.server_url
         if self.base_url is None:
             raise RuntimeError(f"tool {tool.name}: base_url must be set before a task that the run serves is used")

@@ -266,7 +266,9 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         # pydantic puts the discriminator's tag into the path (engine.vllm.url): the user wrote engine.url
-        path = ".".join(part for part in spec_path(problem["loc"]) if part not in ("vllm", "transformers", "http"))
+        path = ".".join(
+            part for part in spec_path(problem["loc"]) if part not in ("vllm", "transformers", "http", "mcp")
+        )
         lines.append(f"{path or 'config'}: {_sentence(problem['type'], problem['msg'])}")
     return "; ".join(lines)
 

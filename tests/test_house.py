@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "graders", "trainers")
 HEAVY = (
     "torch transformers vllm peft accelerate numpy "
-    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers"
+    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers mcp httpx2"
 )
 
 

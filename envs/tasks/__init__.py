@@ -71,7 +71,7 @@ class Tool:
         from docstring_parser import parse
 
         doc = parse(inspect.getdoc(self.function) or "")
-        parameters = _without_titles(self._arguments.model_json_schema())
+        parameters = without_titles(self._arguments.model_json_schema())
         for described in doc.params:
             schema = parameters["properties"].get(described.arg_name)
             if schema is not None and described.description:
@@ -169,17 +169,17 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _without_titles(schema: Any) -> Any:
+def without_titles(schema: Any) -> Any:
     """A JSON schema without pydantic's titles: they say nothing and cost prompt tokens."""
     if isinstance(schema, list):
-        return [_without_titles(part) for part in schema]
+        return [without_titles(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     # under "properties" a key is a parameter's name, and a parameter may be called title
     return {
-        key: {name: _without_titles(part) for name, part in value.items()}
+        key: {name: without_titles(part) for name, part in value.items()}
         if key == "properties"
-        else _without_titles(value)
+        else without_titles(value)
         for key, value in schema.items()
         if key != "title"
     }
