@@ -73,7 +73,7 @@ def test_pinned_set_fits_the_requirements() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["setup", "quickstart", "test", "check", "prepare_model", "prepare_icd10", "prepare_verifiers"]
+    "name", ["setup", "quickstart", "test", "check", "prepare_model", "prepare_icd10", "prepare_mcp", "prepare_verifiers"]
 )
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
