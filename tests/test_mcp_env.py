@@ -35,6 +35,13 @@ FILESYSTEM = ROOT / "data/mcp/node_modules/@modelcontextprotocol/server-filesyst
 COUNTER = {"command": "python", "args": [str(TESTS / "mcp_counter.py")], "env": {"API_KEY": SECRET}}
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another program leaves in the system's folder is none of ours."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+
 def sloppy(behaviour: str, **more: Any) -> dict[str, Any]:
     return {"command": "python", "args": [str(TESTS / "mcp_sloppy.py"), behaviour], **more}
 
