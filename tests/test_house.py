@@ -72,9 +72,10 @@ def test_pinned_set_fits_the_requirements() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & pins.keys()
 
 
-@pytest.mark.parametrize(
-    "name", ["setup", "quickstart", "test", "check", "prepare_model", "prepare_icd10", "prepare_mcp", "prepare_verifiers"]
-)
+SCRIPTS = "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts"
+
+
+@pytest.mark.parametrize("name", SCRIPTS.split())
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
 

@@ -8,11 +8,13 @@ every other error discards the rollout. A session that is lost cannot be resumed
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from rft.envs.base import Session, ToolSpecs
@@ -22,10 +24,7 @@ from rft.envs.outage import Outages
 from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
-from rft.wire import client, connection_problem, safe_url
-
-if TYPE_CHECKING:
-    import aiohttp
+from rft.wire import connection_problem, safe_url
 
 _TOOL = "step"
 _WHERE = "environment.url"
@@ -139,16 +138,18 @@ class OpenEnvEnvironment:
         seed = seed_of(item, rollout_id, self.config.seed)
         return {"seed": seed, "episode_id": rollout_id, **self.config.reset, **columns}
 
-    async def _connect(self) -> Connection:
-        import aiohttp
-
+    def _client(self) -> aiohttp.ClientSession:
+        """One for all sessions, made when used: it belongs to a running loop. Nothing travels between them."""
         if self._http is None:
-            self._http = aiohttp.ClientSession(headers=self._headers)
+            self._http = aiohttp.ClientSession(headers=self._headers, cookie_jar=aiohttp.DummyCookieJar())
+        return self._http
+
+    async def _connect(self) -> Connection:
         for _ in range(_MAX_OUTAGES):
             await self.outages.over(safe_url(self.http_url))
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                    socket = await self._http.ws_connect(f"{self.http_url}/ws", max_msg_size=_MAX_MESSAGE_BYTES)
+                    socket = await self._client().ws_connect(f"{self.http_url}/ws", max_msg_size=_MAX_MESSAGE_BYTES)
                 return Connection(socket, safe_url(self.http_url), self.config.timeout_s, self.report)
             except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
                 failure = ToolError(f"{safe_url(self.http_url)}: no session: {described(error)}")
@@ -158,19 +159,21 @@ class OpenEnvEnvironment:
         raise failure
 
     async def _action_schema(self) -> dict[str, Any]:
-        import httpx
-
         where, cure = safe_url(self.http_url), "start the OpenEnv server, correct the address, or set action_schema"
         try:
-            async with client(timeout_s=_CONNECT_TIMEOUT_S, max_connections=1) as http:
-                reply = await http.get(f"{self.http_url}/schema", headers=self._headers)
-            schema = reply.json()["action"] if reply.status_code == 200 else None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            async with (
+                asyncio.timeout(_CONNECT_TIMEOUT_S),
+                self._client().get(f"{self.http_url}/schema", allow_redirects=False) as reply,
+            ):
+                status, text = reply.status, await reply.text()
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise UserError(f"{where}/schema: {described(error)}", where=_WHERE, cure=cure) from None
+        try:
+            schema = json.loads(text)["action"] if status == 200 else None
         except (ValueError, RecursionError, KeyError, TypeError):
             schema = None
         if not isinstance(schema, dict):
-            problem = f"{where}/schema (HTTP {reply.status_code}) does not say what an action is"
+            problem = f"{where}/schema (HTTP {status}) does not say what an action is"
             raise UserError(problem, where=_WHERE, cure=cure)
         return schema
 
