@@ -165,7 +165,9 @@ class Watchdog:
         self._note("info", "who waits for what (SIGUSR1)", live.model_dump())
 
     def _report_block(self, seconds: float, place: str) -> None:
-        """In the lookout's thread."""
+        """In the lookout's thread. A loop that is blocked while no rollout waits costs nobody: the probe's forward."""
+        if not self.waits:
+            return
         text = f"the event loop has not turned for {seconds:.0f} s, all rollouts wait: the main thread is in {place}"
         logger.warning(text)
         self._note("warn", text, None)
