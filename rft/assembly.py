@@ -82,21 +82,26 @@ async def _build_environment(
 
 async def start_parts(
     config: RunConfig, parts: Parts, store: RunStore, stack: AsyncExitStack, on_status: Callable[[str], None]
+) -> None:
+    """Start the engine, then the judges."""
+    parts.engine.on_status = on_status
+    await parts.engine.start()
+    await _start_judges(config, parts, store, stack, on_status)
+
+
+async def start_with_policy(
+    config: RunConfig, parts: Parts, store: RunStore, stack: AsyncExitStack, on_status: Callable[[str], None]
 ) -> tuple[Accelerator, Policy]:
-    """Start the engine while the policy loads, then the judges: both take long, neither needs the other.
+    """The same while the policy loads: both take long, neither needs the other.
 
     An in-process engine goes first: transformers cannot load two models in two threads of one process.
     """
-    parts.engine.on_status = on_status
     if config.engine.type == "transformers":
-        await parts.engine.start()
-        loaded = await asyncio.to_thread(load_policy, config)
-    else:
-        loading = asyncio.create_task(asyncio.to_thread(load_policy, config))
-        await parts.engine.start()
-        loaded = await loading
-    await _start_judges(config, parts, store, stack, on_status)
-    return loaded
+        await start_parts(config, parts, store, stack, on_status)
+        return await asyncio.to_thread(load_policy, config)
+    loading = asyncio.create_task(asyncio.to_thread(load_policy, config))
+    await start_parts(config, parts, store, stack, on_status)
+    return await loading
 
 
 async def _start_judges(

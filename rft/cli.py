@@ -34,12 +34,29 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=2")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run of this name")] = False,
     run_id: Annotated[str | None, typer.Option(help="the run's id: names a new run, or the one to resume")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="train on the rollouts that this run folder holds, without sampling")
+    ] = None,
 ) -> None:
     """Train. `accelerate launch -m rft train CONFIG` is the same on many processes."""
     from rft.config import load_config
     from rft.job import run_job
 
-    run_job(load_config(config, overrides), run_id=run_id, resume=resume)
+    run_job(load_config(config, overrides), run_id=run_id, resume=resume, replay=replay)
+
+
+@app.command()
+def sample(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. training.steps=2")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the newest unfinished run of this name")] = False,
+    run_id: Annotated[str | None, typer.Option(help="the run's id: names a new run, or the one to resume")] = None,
+) -> None:
+    """Sample the rollouts of `training.steps` steps with the untrained model: for `rft train --replay`, or to look."""
+    from rft.config import load_config
+    from rft.job import run_sampling
+
+    run_sampling(load_config(config, overrides), run_id=run_id, resume=resume)
 
 
 @app.command()
@@ -98,7 +115,7 @@ def show(
 
 def main() -> None:
     """Run the CLI; every expected failure becomes one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_on_sigterm()
     signal.signal(signal.SIGUSR1, lambda *_: None)  # asks a run what it is doing (rft/watch.py); must never end one
     try:
         code = app(standalone_mode=False)  # typer returns the code of an exit, 130 for a Ctrl-C
@@ -117,6 +134,14 @@ def main() -> None:
     if code == _INTERRUPTED:
         _fail("interrupted; nothing written is lost, continue with --resume", code)
     sys.exit(code or 0)
+
+
+def _end_on_sigterm() -> None:
+    """End as a Ctrl-C does, which the event loop turns into a cancellation; also where SIGINT is ignored (`rft &`)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from rft.types import Group, Item, Rollout, Split, StopReason, rollout_id, rollo
 
 _MIN_COUNTED = 8  # below this many a share says nothing
 _NUM_EXAMPLES = 3
-_ATTEMPTS_PER_ROUND = 1_000_000  # so that attempts of different rounds have different numbers
+ATTEMPTS_PER_ROUND = 1_000_000  # so that attempts of different rounds have different numbers
 
 
 @dataclass(slots=True)
@@ -171,7 +171,7 @@ class Collector:
     async def _group(
         self, item: Item, split: Split, step: int, size: int, tally: _Tally, round_index: int = 0
     ) -> Group:
-        first = round_index * _ATTEMPTS_PER_ROUND
+        first = round_index * ATTEMPTS_PER_ROUND
         async with asyncio.TaskGroup() as tasks:
             slots = [tasks.create_task(self._slot(item, split, step, first + i, size, tally)) for i in range(size)]
         results = [slot.result() for slot in slots]

@@ -1,7 +1,8 @@
-"""One job: check everything cheap first, start what the run needs, train, report; whatever was started is stopped.
+"""One job: check everything cheap first, start what it needs, work, report; whatever was started is stopped.
 
-States in state.json: starting -> running -> succeeded | failed | cancelled. A job that did not succeed can be
-continued with `resume`: it goes on after its last checkpoint.
+`run_job` trains, `run_sampling` only fills a run folder with rollouts, and a training may replay those of another run
+instead of sampling. States in state.json: starting -> running -> succeeded | failed | cancelled. A job that did not
+succeed can be continued with `resume`: it goes on after its last complete step.
 """
 
 from __future__ import annotations
@@ -9,23 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from rft.assembly import build_parts, load_policy, start_parts
+from rft.assembly import Parts, build_parts, load_policy, start_parts, start_with_policy
 from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
-from rft.data import load_items, overlap
-from rft.envs import discover_tools
-from rft.errors import RftError, UserError
+from rft.errors import RftError
+from rft.metrics import group_metrics, rollout_metrics, sampling_line
+from rft.preflight import check_fits, load_splits, open_store
 from rft.progress import Display
 from rft.report import final_table, write_report
 from rft.rollout import Workshop
+from rft.sampling import Sampling
 from rft.store import RunStore
 from rft.types import Item, Split
 from rft.watch import Watchdog
@@ -33,116 +36,102 @@ from rft.watch import Watchdog
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from rft.trainers.leader import Leader
     from rft.trainers.policy import Policy
 
-# What a resumed run may change: where and how long it runs, never what it optimises.
-_MAY_CHANGE_ON_RESUME = {
-    "engine",
-    "runs_dir",
-    "evaluation",
-    "rollout.stall_limit_s",
-    "training.steps",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-}
+
+_CANCEL_TIMEOUT_S = 60.0  # more than a session may take to end and to close
 
 
-def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
-    """Train from `config` (or continue a run) and return the run folder. Raises RftError with one clear message."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    disable_progress_bar()  # transformers' own bars would break ours
-    is_leader = int(os.environ.get("RANK", "0")) == 0
-    items = _load_splits(config)
-    chat = Chat.from_folder(config.model.path)
-    _check_fits(config, chat, items)
-    if not is_leader:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every kind of job works with."""
+
+    config: RunConfig
+    store: RunStore
+    display: Display
+    items: dict[Split, list[Item]]
+    chat: Chat
+    watchdog: Watchdog
+    stack: AsyncExitStack
+
+    def note(self, text: str) -> None:
+        self.store.append_event("info", text)
+        self.display.line(text)
+
+
+def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = False, replay: Path | None = None) -> Path:
+    """Train from `config` (or continue a run) and return the run folder. Raises RftError with one clear message.
+
+    replay: the folder of a run whose stored rollouts are trained on; no engine, no tools, no evaluation.
+    """
+    _quieten()
+    if int(os.environ.get("RANK", "0")) > 0:
         _follow(config)
         return config.runs_dir
+    source = RunStore.open(replay) if replay is not None else None
+
+    def work(job: _Job) -> None:
+        if source is not None:
+            _replay(job, source)
+        else:
+            _sample_and_train(job)
+
+    def report(job: _Job) -> None:
+        job.display.show(final_table(write_report(job.store)))
+        job.store.mark_done()
+        job.display.line(f"report: {job.store.path / 'report.json'} and report.png")
+
+    return _run(config, run_id, resume, work, report)
+
+
+def run_sampling(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
+    """Sample the rollouts of `training.steps` steps with the untrained model, and nothing else; the run folder.
+
+    Raises RftError with one clear message.
+    """
+    _quieten()
+    return _run(config, run_id, resume, _sample_only, lambda job: job.store.mark_done())
+
+
+def _quieten() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()  # transformers' own bars would break ours
+
+
+def _run(
+    config: RunConfig,
+    run_id: str | None,
+    resume: bool,
+    work: Callable[[_Job], None],
+    finish: Callable[[_Job], None],
+) -> Path:
+    items = load_splits(config)
+    chat = Chat.from_folder(config.model.path)
+    check_fits(config, chat, items)
     with Display() as display:
-        store = _open_store(config, run_id, resume)
+        store = open_store(config, run_id, resume)
         display.line(f"run folder: {store.path}")
         watchdog = Watchdog(loop := asyncio.Runner(), store, lambda: display.label)
+        job = _Job(config, store, display, items, chat, watchdog, AsyncExitStack())
         with store, _recorded(store), loop, watchdog:
-            stack = AsyncExitStack()
             try:
-                _lead(config, store, display, items, chat, watchdog, stack)
+                work(job)
             finally:
-                loop.run(stack.aclose())
-        display.show(final_table(write_report(store)))
-        store.mark_done()
-        display.line(f"report: {store.path / 'report.json'} and report.png")
+                loop.run(_wind_down(job.stack))
+        with store:
+            finish(job)
     return store.path
 
 
-def _load_splits(config: RunConfig) -> dict[Split, list[Item]]:
-    """Every split that the config names, cut to the size the evaluation asks for. Raises DataError."""
-    tool_specs = asyncio.run(discover_tools(config.environment))
-    splits: dict[Split, list[Item]] = {"train": load_items(config.data.train, tool_specs)}
-    if config.data.validation is not None:
-        splits["validation"] = load_items(config.data.validation, tool_specs)[: config.evaluation.validation_items]
-        shared = overlap(splits["train"], splits["validation"])
-        if shared:
-            logging.getLogger("rft").warning("%d validation rows are also in the training file", shared)
-    if config.data.test is not None:
-        splits["test"] = load_items(config.data.test, tool_specs)[: config.evaluation.test_items]
-    return splits
-
-
-def _check_fits(config: RunConfig, chat: Chat, items: dict[Split, list[Item]]) -> None:
-    """Every prompt must leave room for one turn inside the engine's context."""
-    room = config.engine.max_model_len - config.rollout.max_tokens_per_turn
-    for split in items.values():
-        for item in split:
-            length = len(chat.first_prompt(item))
-            if length > room:
-                raise UserError(
-                    f"the prompt has {length} tokens; engine.max_model_len leaves room for {room}",
-                    where=item.id,
-                    cure="raise engine.max_model_len or shorten the row",
-                )
-
-
-def _open_store(config: RunConfig, run_id: str | None, resume: bool) -> RunStore:
-    if not resume:
-        return RunStore.create(config.runs_dir, run_id or _next_id(config), config.model_dump(mode="json"))
-    path = config.runs_dir / run_id if run_id else _newest_unfinished(config)
-    store = RunStore.open(path)
-    _check_same(store.config(), config.model_dump(mode="json"))
-    return store
-
-
-def _next_id(config: RunConfig) -> str:
-    numbers = [int(path.name[-3:]) for path in config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]")]
-    return f"{config.name}-{max(numbers, default=0) + 1:03d}"
-
-
-def _newest_unfinished(config: RunConfig) -> Path:
-    runs = sorted(config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]"))
-    unfinished = [path for path in runs if not (path / "DONE").exists()]
-    if not unfinished:
-        raise UserError(
-            f"no unfinished run named {config.name}",
-            where=str(config.runs_dir),
-            cure="leave out --resume to start one, or name a run with --run-id",
-        )
-    return unfinished[-1]
-
-
-def _check_same(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> None:
-    """Refuse to continue a run under another objective. Raises UserError naming the first field that differs."""
-    for key in sorted(stored.keys() | asked.keys()):
-        path = f"{prefix}{key}"
-        old, new = stored.get(key), asked.get(key)
-        if path in _MAY_CHANGE_ON_RESUME or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            _check_same(old, new, f"{path}.")
-            continue
-        raise UserError(
-            f"the run was started with {old!r}, the config now says {new!r}",
-            where=path,
-            cure="resume with the config of the run (config.json in its folder), or start a new run",
-        )
+async def _wind_down(stack: AsyncExitStack) -> None:
+    """Cancel what an interrupt left running, let it close what it opened, then close what all of it used."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_CANCEL_TIMEOUT_S)
+    await stack.aclose()
 
 
 @contextmanager
@@ -168,53 +157,80 @@ def _end(store: RunStore, status: str, error: str) -> None:
     store.write_state({**store.read_state(), "status": status, "error": error or None})
 
 
-def _lead(
-    config: RunConfig,
-    store: RunStore,
-    display: Display,
-    items: dict[Split, list[Item]],
-    chat: Chat,
-    watchdog: Watchdog,
-    stack: AsyncExitStack,
-) -> None:
-    from rft.trainers.grpo import Leader, train
+# --- the kinds of jobs ---
+
+
+def _sample_and_train(job: _Job) -> None:
+    from rft.trainers.leader import SamplingLeader
     from rft.trainers.sync import Sync
 
-    def note(text: str) -> None:
-        store.append_event("info", text)
-        display.line(text)
+    config, store = job.config, job.store
+    parts = _check_parts(job)
+    with job.display.phase("starting the engine and loading the model") as phase:
+        accelerator, policy = job.watchdog.run(start_with_policy(config, parts, store, job.stack, phase.status))
+    sync = Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype)
+    sampling = _sampling(job, parts)
+    leader = SamplingLeader(config, store, job.display, sampling, parts.engine, sync, job.chat.first_prompt)
+    _train(job, policy, accelerator, leader)
+    sync.clear()
 
-    with display.phase("checking tools and graders", keep=False):
-        parts = watchdog.run(build_parts(config, store, stack, note))
-    with display.phase("starting the engine and loading the model") as phase:
-        accelerator, policy = watchdog.run(start_parts(config, parts, store, stack, phase.status))
-    watchdog.attach(parts.engine, parts.environment.outages if parts.environment else None, config.stall_limit_s)
+
+def _replay(job: _Job, source: RunStore) -> None:
+    from rft.trainers.leader import ReplayLeader
+
+    with job.display.phase("loading the model"):
+        accelerator, policy = load_policy(job.config)
+    _train(job, policy, accelerator, ReplayLeader(job.config, job.store, job.display, source, job.items["train"]))
+
+
+def _train(job: _Job, policy: Policy, accelerator: Accelerator, leader: Leader) -> None:
+    from rft.trainers.grpo import train
+
+    step = _restore(_latest_checkpoint(job.store.checkpoints, accelerator), policy)
+    job.store.rewind(step)
+    if step:
+        job.display.line(f"continuing after step {step}")
+    train(job.config, policy, accelerator, leader, step + 1)
+
+
+def _sample_only(job: _Job) -> None:
+    parts = _check_parts(job)
+    with job.display.phase("starting the engine") as phase:
+        job.watchdog.run(start_parts(job.config, parts, job.store, job.stack, phase.status))
+    sampling, last = _sampling(job, parts), job.config.training.steps
+    done = max((row["step"] for row in job.store.metrics() if row.get("kind") == "sampling"), default=0)
+    job.store.rewind(done)
+    for step in range(done + 1, last + 1):
+        groups = sampling.groups(step)
+        row: dict[str, Any] = {"step": step, "kind": "sampling", **group_metrics(groups)}
+        row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
+        job.store.append_metrics(row)
+        job.store.write_state({"status": "running", "step": step, "steps": last})
+        job.display.line(sampling_line(row, last))
+
+
+def _check_parts(job: _Job) -> Parts:
+    with job.display.phase("checking tools and graders", keep=False):
+        parts = job.watchdog.run(build_parts(job.config, job.store, job.stack, job.note))
+    outages = parts.environment.outages if parts.environment else None
+    job.watchdog.attach(parts.engine, outages, job.config.stall_limit_s)
+    return parts
+
+
+def _sampling(job: _Job, parts: Parts) -> Sampling:
+    config = job.config
     workshop = Workshop(
         parts.engine,
-        chat,
+        job.chat,
         parts.environment,
         parts.grader,
         parts.shadow_graders,
         config.rollout,
         config.engine.max_model_len,
-        watchdog.waits,
+        job.watchdog.waits,
     )
-    leader = Leader(
-        loop=watchdog,
-        engine=parts.engine,
-        collector=Collector(workshop, store.path.name, config.seed, store.append_rollout),
-        sync=Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype),
-        store=store,
-        display=display,
-        items=items,
-        first_prompt=chat.first_prompt,
-    )
-    step = _restore(_latest_checkpoint(store.checkpoints, accelerator), policy)
-    store.rewind(step)
-    if step:
-        display.line(f"continuing after step {step}")
-    train(config, policy, accelerator, leader, step + 1)
-    leader.sync.clear()
+    collector = Collector(workshop, job.store.path.name, config.seed, job.store.append_rollout)
+    return Sampling(config, collector, job.watchdog, job.store, job.display, job.items)
 
 
 def _latest_checkpoint(folder: Path | None, accelerator: Accelerator) -> Path | None:

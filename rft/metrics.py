@@ -147,6 +147,15 @@ def _other_ends(row: dict[str, Any]) -> str:
     return f"  ended by {', '.join(shares)}" if shares else ""
 
 
+def sampling_line(row: dict[str, Any], num_steps: int) -> str:
+    """One row of a run that only samples as a line."""
+    return (
+        f"step {row['step']:>3}/{num_steps}  grade {row['train/grade']:.3f}"
+        f"  valid calls {row['train/valid_call_share']:.2f}{_other_ends(row)}"
+        f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
+    )
+
+
 def step_line(row: dict[str, Any], num_steps: int) -> str:
     """One training row as the line a person follows."""
     shadows = "".join(

@@ -190,3 +190,29 @@ def test_a_tool_server_that_is_down_is_named(tmp_path: Path) -> None:
     tools = [{"name": "search", "server_url": "http://127.0.0.1:9/search"}]
     with pytest.raises(UserError, match="search"):
         run_job(a_config(tmp_path, environment={"type": "http", "tools": tools}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_background", [False, True], ids=["foreground", "background"])
+def test_sigterm_ends_a_run_cleanly_and_it_can_go_on(tmp_path: Path, is_background: bool) -> None:
+    """In the middle of sampling; a shell's `rft ... &` ignores SIGINT."""
+    tree = a_tree(tmp_path, training={"steps": 50, "items_per_step": 4, "base_rollouts": 8})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rft", "train", str(path), "--run-id", "ended"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if is_background else None,
+    )
+    rollouts = tmp_path / "runs" / "ended" / "rollouts" / "step_000001.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rollouts.exists() and rollouts.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert b"interrupted; nothing written is lost" in words and b"Traceback" not in words, words.decode()
+    assert RunStore.open(tmp_path / "runs" / "ended").read_state()["status"] == "cancelled"

@@ -7,59 +7,24 @@ shares the window's micro-batches, so no collective depends on what a rollout co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from rft.budget import StepBudget
-from rft.collect import Collector
 from rft.config import RunConfig
-from rft.data import further_items, items_for_step
-from rft.engines import Engine
 from rft.errors import NumericsError
-from rft.evaluate import evaluate
-from rft.metrics import Clock, evaluation_line, group_metrics, rollout_metrics, shadow_divergence, step_line
-from rft.progress import Display
-from rft.store import RunStore
+from rft.metrics import Clock
 from rft.trainers import checkpoint
 from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks
+from rft.trainers.leader import Leader
 from rft.trainers.objective import advantages
 from rft.trainers.policy import Policy, StepStats
-from rft.trainers.sync import ProbeResult, Sync
-from rft.types import Group, Item, Rollout, Split
-from rft.watch import Watchdog
-
-T = TypeVar("T")
+from rft.types import Group
 
 _MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
-_PROBE_SEQUENCES = 2
-_DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
-
-
-@dataclass(slots=True)
-class Leader:
-    """What only rank 0 has. `items` holds the splits that exist."""
-
-    loop: Watchdog
-    engine: Engine
-    collector: Collector
-    sync: Sync
-    store: RunStore
-    display: Display
-    items: dict[Split, list[Item]]
-    first_prompt: Callable[[Item], list[int]]
-
-    def warn(self, text: str | None) -> None:
-        if text:
-            self.store.append_event("warn", text)
-            self.display.line(f"warning: {text}")
-
-    def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run(work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +42,11 @@ def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: L
     NoProgressError; the run folder then holds everything up to the last completed step.
     """
     if leader is not None:
-        _begin(config, policy, leader, first_step)
+        leader.begin(policy, first_step)
     num_skipped = 0
     for step in _steps(config, leader, first_step):
         clock = Clock()
-        groups = _sample(config, leader, step) if leader is not None else []
+        groups = leader.groups(step) if leader is not None else []
         clock.lap("sampling")
         window = _share(_window(config, policy, groups, accelerator.num_processes), accelerator)
         stats = _update(policy, window, leader, step)
@@ -89,15 +54,15 @@ def train(config: RunConfig, policy: Policy, accelerator: Accelerator, leader: L
         num_skipped = _count_skips(stats, num_skipped)
         if leader is not None:
             update = _update_metrics(policy, groups, stats)
-            _check_gap(config, update["logprob_gap/mean"], step)
-            probe = _publish(policy, leader, step, groups)
+            leader.check_gap(update["logprob_gap/mean"], step)
+            update |= leader.publish(policy, step, groups)
             clock.lap("sync")
-            _record(leader, config, step, groups, update, probe, clock)
+            leader.record(step, groups, update, clock)
             _save(config, policy, leader, step)
             if step % config.evaluation.every == 0 or step == config.training.steps:
-                _evaluate(config, leader, "validation", step)
+                leader.evaluate("validation", step)
     if leader is not None:
-        _evaluate(config, leader, "test", config.training.steps)
+        leader.evaluate("test", config.training.steps)
 
 
 def _steps(config: RunConfig, leader: Leader | None, first_step: int) -> Iterator[int]:
@@ -111,40 +76,6 @@ def _steps(config: RunConfig, leader: Leader | None, first_step: int) -> Iterato
         for step in range(first_step, last + 1):
             yield step
             phase.advance()
-
-
-def _begin(config: RunConfig, policy: Policy, leader: Leader, first_step: int) -> None:
-    """Bring the engine to the policy's version and measure where the run starts."""
-    prompts = [leader.first_prompt(item) for item in leader.items["train"][:_PROBE_SEQUENCES]]
-    if first_step > 1:
-        leader.wait(leader.engine.load(leader.sync.publish(policy, first_step - 1)))
-    leader.wait(leader.sync.probe(policy, leader.engine, prompts))
-    due = first_step == 1 or (first_step - 1) % config.evaluation.every == 0
-    if due or first_step > config.training.steps:
-        _evaluate(config, leader, "validation", first_step - 1)
-    if first_step == 1:
-        _evaluate(config, leader, "test", 0)
-
-
-def _sample(config: RunConfig, leader: Leader, step: int) -> list[Group]:
-    items = items_for_step(leader.items["train"], step - 1, config.training.items_per_step, config.seed)
-    total = len(items) * config.rollouts_per_item
-    with leader.display.phase(f"step {step}: sampling", total, keep=False) as phase:
-        leader.collector.on_rollout = _observer(leader.store, phase.advance)
-        if config.training.allocation == "uniform":
-            return leader.wait(leader.collector.collect(items, "train", step, config.rollouts_per_item))
-        budget = StepBudget(total, config.training.first_rollouts)
-        further = further_items(leader.items["train"], items, step - 1, config.seed)
-        return leader.wait(leader.collector.collect_adaptive(items, further, step, budget))
-
-
-def _observer(store: RunStore, advance: Callable[[], None]) -> Callable[[Rollout], None]:
-    def observe(rollout: Rollout) -> None:
-        store.append_rollout(rollout)
-        if not rollout.stop_reason.is_discarded:
-            advance()
-
-    return observe
 
 
 def _window(config: RunConfig, policy: Policy, groups: list[Group], num_ranks: int) -> list[Window]:
@@ -195,56 +126,7 @@ def _update_metrics(policy: Policy, groups: list[Group], stats: StepStats | None
     return row | {"logprob_gap/mean": stats.mean_logprob_gap, "logprob_gap/max": stats.max_logprob_gap}
 
 
-def _check_gap(config: RunConfig, gap: float, step: int) -> None:
-    if gap > config.training.max_logprob_gap:
-        raise NumericsError(
-            f"engine and trainer disagree at step {step}: mean |log-probability difference| {gap:.3f}",
-            cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
-        )
-
-
-def _publish(policy: Policy, leader: Leader, step: int, groups: list[Group]) -> ProbeResult:
-    """The new weights to the engine, and the proof that they arrived."""
-    leader.wait(leader.engine.load(leader.sync.publish(policy, step)))
-    sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
-    probed = sequences[:_PROBE_SEQUENCES] or [leader.first_prompt(group.item) for group in groups[:1]]
-    return leader.wait(leader.sync.probe(policy, leader.engine, probed))
-
-
-def _record(
-    leader: Leader,
-    config: RunConfig,
-    step: int,
-    groups: list[Group],
-    update: dict[str, float],
-    probe: ProbeResult,
-    clock: Clock,
-) -> None:
-    row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
-    row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
-    row |= {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
-    leader.store.append_metrics(row)
-    leader.store.write_state({"status": "running", "step": step, "steps": config.training.steps})
-    leader.display.line(step_line(row, config.training.steps))
-    if step % _DIVERGENCE_EVERY == 0:
-        training = [row for row in leader.store.metrics() if row.get("kind") == "training"]
-        leader.warn(shadow_divergence(training, _DIVERGENCE_EVERY))
-
-
 def _save(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
     if step % config.training.checkpoint_every == 0 or step == config.training.steps:
         checkpoint.save(leader.store.checkpoints, step, policy, {})
         checkpoint.prune(leader.store.checkpoints, config.training.keep_checkpoints)
-
-
-def _evaluate(config: RunConfig, leader: Leader, split: Split, step: int) -> None:
-    """Evaluate a split once per version; a row that a resumed run already has is not made again."""
-    items = leader.items.get(split)
-    if not items or leader.store.has_evaluation(split, step):
-        return
-    rollouts_per_item = config.evaluation.rollouts_per_item
-    with leader.display.phase(f"step {step}: evaluating {split}", len(items) * rollouts_per_item, keep=False) as phase:
-        leader.collector.on_rollout = _observer(leader.store, phase.advance)
-        row = leader.wait(evaluate(leader.collector, items, split, step, rollouts_per_item))
-    leader.store.append_metrics(row)
-    leader.display.line(evaluation_line(row))

@@ -1,0 +1,98 @@
+"""What a job looks at before anything heavy: its rows, its prompts, its run folder. Every complaint names the cure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+from rft.chat import Chat
+from rft.config import RunConfig
+from rft.data import load_items, overlap
+from rft.envs import discover_tools
+from rft.errors import UserError
+from rft.store import RunStore
+from rft.types import Item, Split
+
+# What a resumed run may change: where and how long it runs, never what it optimises.
+_MAY_CHANGE_ON_RESUME = {
+    "engine",
+    "runs_dir",
+    "evaluation",
+    "rollout.stall_limit_s",
+    "training.steps",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+}
+
+
+def load_splits(config: RunConfig) -> dict[Split, list[Item]]:
+    """Every split that the config names, cut to the size the evaluation asks for. Raises DataError."""
+    tool_specs = asyncio.run(discover_tools(config.environment))
+    splits: dict[Split, list[Item]] = {"train": load_items(config.data.train, tool_specs)}
+    if config.data.validation is not None:
+        splits["validation"] = load_items(config.data.validation, tool_specs)[: config.evaluation.validation_items]
+        shared = overlap(splits["train"], splits["validation"])
+        if shared:
+            logging.getLogger("rft").warning("%d validation rows are also in the training file", shared)
+    if config.data.test is not None:
+        splits["test"] = load_items(config.data.test, tool_specs)[: config.evaluation.test_items]
+    return splits
+
+
+def check_fits(config: RunConfig, chat: Chat, items: dict[Split, list[Item]]) -> None:
+    """Every prompt must leave room for one turn inside the engine's context."""
+    room = config.engine.max_model_len - config.rollout.max_tokens_per_turn
+    for split in items.values():
+        for item in split:
+            length = len(chat.first_prompt(item))
+            if length > room:
+                raise UserError(
+                    f"the prompt has {length} tokens; engine.max_model_len leaves room for {room}",
+                    where=item.id,
+                    cure="raise engine.max_model_len or shorten the row",
+                )
+
+
+def open_store(config: RunConfig, run_id: str | None, resume: bool) -> RunStore:
+    if not resume:
+        return RunStore.create(config.runs_dir, run_id or _next_id(config), config.model_dump(mode="json"))
+    path = config.runs_dir / run_id if run_id else _newest_unfinished(config)
+    store = RunStore.open(path)
+    _check_same(store.config(), config.model_dump(mode="json"))
+    return store
+
+
+def _next_id(config: RunConfig) -> str:
+    numbers = [int(path.name[-3:]) for path in config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]")]
+    return f"{config.name}-{max(numbers, default=0) + 1:03d}"
+
+
+def _newest_unfinished(config: RunConfig) -> Path:
+    runs = sorted(config.runs_dir.glob(f"{config.name}-[0-9][0-9][0-9]"))
+    unfinished = [path for path in runs if not (path / "DONE").exists()]
+    if not unfinished:
+        raise UserError(
+            f"no unfinished run named {config.name}",
+            where=str(config.runs_dir),
+            cure="leave out --resume to start one, or name a run with --run-id",
+        )
+    return unfinished[-1]
+
+
+def _check_same(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> None:
+    """Refuse to continue a run under another objective. Raises UserError naming the first field that differs."""
+    for key in sorted(stored.keys() | asked.keys()):
+        path = f"{prefix}{key}"
+        old, new = stored.get(key), asked.get(key)
+        if path in _MAY_CHANGE_ON_RESUME or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            _check_same(old, new, f"{path}.")
+            continue
+        raise UserError(
+            f"the run was started with {old!r}, the config now says {new!r}",
+            where=path,
+            cure="resume with the config of the run (config.json in its folder), or start a new run",
+        )
