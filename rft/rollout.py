@@ -8,7 +8,6 @@ a dead engine and bugs propagate.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,15 +17,12 @@ from rft.chat import Chat, tool_message
 from rft.config import RolloutConfig
 from rft.engines import Engine, SamplingParams
 from rft.envs import Environment, Session
+from rft.episode import Episode, an_episode
 from rft.errors import EngineError, GraderError, WorldError, attribute, first_cause
 from rft.graders import Grader
 from rft.graders.sample import sample_of
 from rft.types import Grade, Item, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn
 from rft.waits import Waits
-
-logger = logging.getLogger(__name__)
-
-_CLOSE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,7 @@ class _Conversation:
     context: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    outcome: dict[str, Any] = field(default_factory=dict)
+    episode: Episode | None = None  # None before it is open
 
 
 async def run_rollout(attempt: Attempt, workshop: Workshop) -> Rollout:
@@ -102,7 +98,7 @@ def _record(
         stop_reason=stop_reason,
         grade=grade,
         error=error,
-        environment=conversation.outcome,
+        environment=conversation.episode.outcome if conversation.episode is not None else {},
         started_at=started_at,
         duration_s=time.perf_counter() - conversation.started,
     )
@@ -118,69 +114,19 @@ async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversat
 
 
 async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
-    session = await _open(attempt, workshop)
-    try:
-        conversation.item = _with_opening(attempt.item, session)
-        next_ids, is_fork = workshop.chat.first_prompt(conversation.item), False
+    async with an_episode(workshop.environment, attempt.item, attempt.id, workshop.waits) as episode:
+        conversation.episode, conversation.item = episode, episode.item
+        next_ids, is_fork = workshop.chat.first_prompt(episode.item), False
         for index in range(workshop.limits.max_turns):
             turn = await _sample_turn(attempt, workshop, conversation, next_ids, is_fork, index)
-            if session is not None and turn is not None:
-                session.hear(turn.message)
             if turn is None or turn.finish_reason == "length":
                 return StopReason.MAX_TOKENS
-            ending = await _respond(attempt, workshop, conversation, session, turn)
+            ending = await _respond(attempt, workshop, conversation, episode.session, turn)
             if ending is not None:
                 return ending
-            continuation = workshop.chat.continuation(conversation.item, conversation.messages, turn.output_ids)
+            continuation = workshop.chat.continuation(episode.item, conversation.messages, turn.output_ids)
             next_ids, is_fork = continuation.ids, continuation.is_fork
         raise AssertionError("the loop ends by returning")
-    finally:
-        if session is not None:
-            await _close(session, conversation)
-
-
-async def _open(attempt: Attempt, workshop: Workshop) -> Session | None:
-    if workshop.environment is None:
-        return None
-    with workshop.waits.on(attempt.id, attempt.item.id, "environment"):
-        return await workshop.environment.open(attempt.item, attempt.id)
-
-
-def _with_opening(item: Item, session: Session | None) -> Item:
-    """The item with what the environment says first added to its last message."""
-    if session is None or not session.opening:
-        return item
-    *before, last = item.messages
-    content = f"{last.content}\n\n{session.opening}".strip()
-    return item.model_copy(update={"messages": [*before, last.model_copy(update={"content": content})]})
-
-
-async def _close(session: Session, conversation: _Conversation) -> None:
-    """Note how the episode went, and end it; a session that does not close in time costs a warning, not the run."""
-    try:
-        try:
-            await _finish(session)
-        finally:
-            conversation.outcome = session.outcome()
-    finally:
-        try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await session.close()
-        except TimeoutError:
-            logger.warning("a session did not close within %.0f s and was left", _CLOSE_TIMEOUT_S)
-
-
-async def _finish(session: Session) -> None:
-    """Let the session find out how the episode went; one that is being cancelled does not wait long for it."""
-    task = asyncio.current_task()
-    is_cancelled = task is not None and task.cancelling() > 0
-    try:
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S if is_cancelled else None):
-            await session.finish()
-    except (TimeoutError, WorldError) as failure:
-        if not is_cancelled:
-            raise
-        logger.warning("how a cancelled episode went is not known: %s", failure)
 
 
 async def _respond(
@@ -263,6 +209,8 @@ async def _sample_turn(
         started_s=asked - conversation.started,
         sampled_s=time.perf_counter() - asked,
     )
+    if conversation.episode is not None and conversation.episode.session is not None:
+        conversation.episode.session.hear(message)
     conversation.context = prompt + completion.ids
     conversation.messages.append(message)
     conversation.turns.append(turn)

@@ -334,7 +334,7 @@ def test_a_session_that_does_not_close_costs_a_warning(
         async def open(self, item: Item, rollout_id: str) -> StuckSession:
             return StuckSession(self, rollout_id)
 
-    monkeypatch.setattr("rft.rollout._CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("rft.episode._CLOSE_TIMEOUT_S", 0.05)
     rollout = run(a_workshop(say("I21.9"), environment=StuckEnvironment(lambda call: "")))
     assert rollout.stop_reason is StopReason.ANSWERED
     assert "did not close" in caplog.text
@@ -352,4 +352,4 @@ def test_the_waits_of_a_rollout_are_known_and_end_with_it() -> None:
     rollout = run(workshop)
     assert seen == [f"{rollout.id} x-1 tool search"]
     assert workshop.waits.stops == {StopReason.ANSWERED: 1}
-    assert len(workshop.waits) == 0 and workshop.waits.num_ended == 6  # open, turn, call, turn, reply, grade
+    assert len(workshop.waits) == 0 and workshop.waits.num_ended == 7  # open, turn, call, turn, reply, finish, grade
