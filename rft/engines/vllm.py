@@ -100,7 +100,7 @@ class VllmEngine:
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,  # only the ids asked for stop, not others that the model folder calls end of text
             "logprobs": 0,
-            **_PLAIN_SAMPLING,
+            **PLAIN_SAMPLING,
         }
         self._num_asked += 1
         try:
@@ -122,7 +122,7 @@ class VllmEngine:
         """
         if not 1 <= start <= len(ids) < self.max_model_len:
             raise ValueError(f"cannot score {len(ids)} ids from {start}: the context is {self.max_model_len}")
-        body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, **_PLAIN_SAMPLING}
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, **PLAIN_SAMPLING}
         async with self._limit, self._gate.request():
             reply = await self._post("/v1/completions", body | {"model": self._model_name})
         positions = reply["choices"][0]["prompt_logprobs"]
@@ -246,7 +246,7 @@ class VllmEngine:
 
 
 # Sent with every request: a server's own defaults (from the model folder) must not shape the distribution.
-_PLAIN_SAMPLING: dict[str, Any] = {
+PLAIN_SAMPLING: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": 0,
     "min_p": 0.0,
