@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import anyio
 import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
@@ -36,14 +37,17 @@ from rft.errors import UserError, WorldError
 from rft.wire import MAX_BODY_BYTES
 
 _BACKLOG = 1024
+_MAX_THREADS = 256  # calls of tools at once; the default of 40 would make a burst wait for slow ones
 _logger = logging.getLogger(__name__)
 
 
 def create_app(task: Task, on_ready: Callable[[], None] | None = None) -> Starlette:
     """The tools of `task`; `on_ready` is called once they are loaded."""
 
+    threads = anyio.CapacityLimiter(_MAX_THREADS)
+
     async def call(request: Request) -> JSONResponse:
-        return await _answer(task, request)
+        return await _answer(task, request, threads)
 
     async def health(_: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "task": task.name, "tools": sorted(task.tool_names)})
@@ -63,7 +67,7 @@ def create_app(task: Task, on_ready: Callable[[], None] | None = None) -> Starle
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-async def _answer(task: Task, request: Request) -> JSONResponse:
+async def _answer(task: Task, request: Request, threads: anyio.CapacityLimiter) -> JSONResponse:
     raw = await _read_body(request)
     if raw is None:
         return _refusal(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes")
@@ -78,7 +82,7 @@ async def _answer(task: Task, request: Request) -> JSONResponse:
     if tool is None:
         return _refusal(404, f"there is no tool {name}; the tools are: {', '.join(sorted(task.tool_names))}")
     try:
-        output = text_of(await anyio.to_thread.run_sync(tool.run, body["arguments"]))
+        output = text_of(await anyio.to_thread.run_sync(tool.run, body["arguments"], limiter=threads))
     except ArgumentError as error:
         return _refusal(400, str(error))
     except Exception as error:  # a tool is code from outside: its failure is one call's, not the server's

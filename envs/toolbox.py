@@ -35,7 +35,7 @@ class Toolbox:
         """The tool's answer as the model sees it; raises ToolError when the rollout must be discarded."""
         started = time.monotonic()
         tool = self.tools.get(call.name)
-        offered = set(item.tool_names or self.tools) & self.tools.keys()
+        offered = item.tool_names or list(self.tools)
         if tool is None or tool.name not in offered:
             output, is_error = f"there is no tool {call.name}; the tools are: {', '.join(sorted(offered))}", True
         else:

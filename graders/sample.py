@@ -1,7 +1,7 @@
 """`sample_of`: a rollout as graders see it, in the hosted contract's shape.
 
-`output_tools` holds the calls of the whole rollout, and `trace` adds what the tools answered: both are supersets of
-the contract. The prompt is not repeated here, it is in `item.messages`.
+`output_tools` holds the calls of the whole rollout, `trace` adds what the tools answered, `stop_reason` why it ended:
+supersets of the contract. The prompt is not repeated here, it is in `item.messages`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rft.types import Message, Rollout, Turn
 
 
 def sample_of(rollout: Rollout) -> dict[str, Any]:
-    """choices, output_text, output_json, output_tools, output_reasoning_summary, trace.
+    """choices, output_text, output_json, output_tools, output_reasoning_summary, stop_reason, trace.
 
     And `environment`, where the environment said how the episode went.
     """
@@ -24,6 +24,7 @@ def sample_of(rollout: Rollout) -> dict[str, Any]:
         "output_json": _parsed(rollout.output_text),
         "output_tools": [call.as_chat() for call, _ in rollout.tool_calls],
         "output_reasoning_summary": None,
+        "stop_reason": rollout.stop_reason.value,
         "trace": [message for turn in rollout.turns for message in _trace(turn)],
     }
 
