@@ -21,6 +21,9 @@ from rft.errors import ToolError, UserError
 from rft.rollout import Attempt, run_rollout
 from rft.types import Item, Message, StopReason
 
+pytestmark = pytest.mark.slow  # another library and its imports
+
+
 vf = pytest.importorskip("verifiers", reason="verifiers is not installed: constraints/dev.txt names the version")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 HERE = __name__

@@ -387,6 +387,7 @@ def test_passing_fault_is_retried(fault: int | str) -> None:
     assert completion.ids == [4] and len(bodies) == 2
 
 
+@pytest.mark.slow
 def test_lasting_fault_ends_the_run() -> None:
     with pytest.raises(EngineError, match=r"failed 4 times.*HTTP 503") as failure:
         ask_faulty(503)
@@ -410,6 +411,7 @@ def test_server_with_a_smaller_context_is_refused() -> None:
         ask_faulty(200, max_model_len=65)
 
 
+@pytest.mark.slow
 def test_url_where_nobody_listens() -> None:
     model = ModelConfig(path=Path("m"))
     engine = VllmEngine(VllmEngineConfig(), model, Path("unused.log"), url="http://127.0.0.1:9")
@@ -484,6 +486,7 @@ def test_close_ends_what_ignores_sigterm(tmp_path: Path) -> None:
     assert not is_running(asyncio.run(start_and_close()))
 
 
+@pytest.mark.slow
 def test_nothing_survives_sigkill_of_the_parent(tmp_path: Path) -> None:
     code = (
         "import asyncio, pathlib, sys\nfrom tests.test_engines import start_tree\n"

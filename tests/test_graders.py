@@ -46,7 +46,7 @@ def call(number: int, error: str | None = None) -> ToolCall:
 
 
 def test_sample_has_the_contracts_shape() -> None:
-    """The captured payload of the hosted service for an empty answer, plus our trace."""
+    """The captured payload of the hosted service for an empty answer, plus our trace and stop reason."""
     assert sample_of(rollout(turn(""))) == {
         "choices": [
             {"index": 0, "message": {"role": "assistant", "content": "", "tool_calls": []}, "finish_reason": "stop"}
@@ -55,6 +55,7 @@ def test_sample_has_the_contracts_shape() -> None:
         "output_json": None,
         "output_tools": [],
         "output_reasoning_summary": None,
+        "stop_reason": "answered",
         "trace": [{"role": "assistant", "content": ""}],
     }
 

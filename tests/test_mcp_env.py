@@ -28,6 +28,9 @@ from rft.supervise import supervised
 from rft.types import Item, Message, ToolCall, ToolResult
 from rft.wire import MAX_BODY_BYTES
 
+pytestmark = pytest.mark.slow  # processes and other libraries; tests/test_environments.py has the quick look
+
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 SECRET = "sk-hunter2-0123456789"

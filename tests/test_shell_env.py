@@ -234,6 +234,7 @@ def survives(root: Path, attack: str, **options: Any) -> ToolResult:
     return result
 
 
+@pytest.mark.slow
 def test_a_fork_bomb(root: Path) -> None:
     started = time.monotonic()
     result = survives(root, "bomb() { bomb | bomb & }; bomb; sleep 60", timeout_s=2)
@@ -241,11 +242,13 @@ def test_a_fork_bomb(root: Path) -> None:
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_many_processes_are_refused(root: Path) -> None:
     result = survives(root, "for n in $(seq 200); do sleep 30 & done; echo all", timeout_s=3)
     assert "fork" in result.output and "all" not in result.output.split()
 
 
+@pytest.mark.slow
 def test_removing_everything(root: Path) -> None:
     """As far as it comes: the system's folders are refused one file at a time, and our copy goes."""
     before = snapshot(root)
@@ -289,11 +292,13 @@ def test_killing_the_worker(root: Path, attack: str) -> None:
     assert "sent" in result.output or ("killed" in result.output and result.is_error)
 
 
+@pytest.mark.slow
 def test_stopping_the_worker(root: Path) -> None:
     result = survives(root, "kill -STOP $PPID; kill -STOP -1; sleep 60", timeout_s=1)
     assert result.is_error and "was ended" in result.output
 
 
+@pytest.mark.slow
 def test_gigabytes_of_output_are_clipped(root: Path) -> None:
     result = survives(
         root, "echo first; head -c 1G /dev/zero | tr '\\0' x; echo; echo last", output_bytes=1000, timeout_s=60
@@ -302,6 +307,7 @@ def test_gigabytes_of_output_are_clipped(root: Path) -> None:
     assert "... 1,073,740,836 bytes left out ..." in result.output and len(result.output) < 1100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ["yes & echo done", "exec >&- 2>&-; sleep 60", "(sleep 60; echo late) & echo done"])
 def test_odd_uses_of_the_output(root: Path, attack: str) -> None:
     started = time.monotonic()

@@ -219,6 +219,7 @@ def test_a_live_file_of_another_version_is_an_error(store: RunStore) -> None:
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command(store: RunStore) -> None:
     store.write_live(a_live())
     run = str(store.path)
@@ -235,6 +236,7 @@ def test_the_command(store: RunStore) -> None:
     assert rft("show", run, "--rollout", "x", "--live").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["interrupt", "done"])
 def test_live_on_a_terminal_follows_until_the_end(store: RunStore, ending: str) -> None:
     store.write_live(a_live())

@@ -115,6 +115,7 @@ with RunStore.create(Path(sys.argv[1]), "run", {}) as store, asyncio.Runner() as
 """
 
 
+@pytest.mark.slow
 def test_a_thread_that_never_returns_does_not_hold_the_process(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", STUCK_THREAD, str(tmp_path)]
@@ -123,6 +124,7 @@ def test_a_thread_that_never_returns_does_not_hold_the_process(tmp_path: Path) -
     assert "1 wait for tool search" in ended.stdout
 
 
+@pytest.mark.slow
 def test_slow_is_not_stuck(store: RunStore) -> None:
     """All in all longer than the limit, but something ends now and then."""
     limits = RolloutConfig(max_tokens_per_turn=400, max_concurrent=1)
@@ -142,6 +144,7 @@ def test_nobody_who_waits_is_no_stall(store: RunStore) -> None:
         assert watchdog.run(asyncio.sleep(0.5, "done")) == "done"
 
 
+@pytest.mark.slow
 def test_an_outage_is_not_a_stall(store: RunStore) -> None:
     with a_server() as server:
         port = server.port
@@ -250,6 +253,7 @@ def test_stops_are_counted_from_a_moment_on() -> None:
 # --- a loop that is blocked, and signals ---
 
 
+@pytest.mark.slow
 def test_a_blocked_loop_is_reported_with_the_place(store: RunStore) -> None:
     def block(call: ToolCall) -> str:
         time.sleep(3.0)  # what user code should not do: three times what counts as blocked
@@ -306,6 +310,7 @@ print("over", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_sigusr1_says_who_waits_for_what_in_every_phase(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
@@ -378,6 +383,7 @@ class HangingServer(LoopbackServer):
         await asyncio.Event().wait()
 
 
+@pytest.mark.slow
 def test_a_whole_run_whose_grader_hangs_ends_with_the_cause(tmp_path: Path) -> None:
     rollout = {"max_tokens_per_turn": 12, "stall_limit_s": 3.0}
     with HangingServer() as server:
