@@ -112,6 +112,10 @@ class Chat:
             tool_calls=calls,
         )
 
+    def count_tokens(self, text: str) -> int:
+        """How many ids a text is."""
+        return len(self._encode(text)) if text else 0
+
     def continuation(self, item: Item, messages: list[Message], sampled_ids: list[int]) -> Continuation:
         """What to append after `sampled_ids` so that the model reads what the world said at the end of `messages`.
 

@@ -107,6 +107,21 @@ class RolloutConfig(Config):
         0.5, ge=0, le=1, description="of a step's grades: the grader's code raised, its judge answered no number"
     )
 
+    @property
+    def max_sampled_tokens(self) -> int:
+        """The tokens one rollout may sample."""
+        return self.max_tokens_per_rollout or self.max_turns * self.max_tokens_per_turn
+
+
+class CostsConfig(Config):
+    """What the most expensive rollout of a group loses of its grade; the cheapest loses nothing."""
+
+    tool_calls: float = Field(0.0, ge=0)
+    sampled_tokens: float = Field(0.0, ge=0)
+    reasoning_tokens: float = Field(0.0, ge=0)
+    seconds: float = Field(0.0, ge=0, description="wall-clock, of the whole rollout")
+    above: float = Field(0.0, allow_inf_nan=False, description="costs count among rollouts with a grade above this")
+
 
 class TrainingConfig(Config):
     """GRPO. Rollouts per item = max(2, round(base_rollouts x compute_multiplier))."""
@@ -122,10 +137,15 @@ class TrainingConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    loss: Literal["dapo"] = "dapo"
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
+    max_ratio: float | None = Field(None, gt=1, description="a second clip, where the advantage is negative")
+    cispo_max_ratio: float = Field(5.0, gt=0, description="cispo: what a token's ratio is cut to")
+    kl_coef: float = Field(0.0, ge=0, description="of the KL to the model without its adapter; costs a forward pass")
     advantage_scale: Literal["none", "group"] = "none"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    costs: CostsConfig = CostsConfig()
     batch: Literal["auto", "packed", "plain"] = "auto"
     max_tokens_per_micro_batch: int = Field(4096, ge=16)
     sync: Literal["auto", "adapter", "merged"] = "auto"

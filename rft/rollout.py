@@ -206,6 +206,7 @@ async def _sample_turn(
         policy_version=completion.policy_version,
         message=message,
         is_fork=is_fork,
+        reasoning_tokens=workshop.chat.count_tokens(message.reasoning),
         started_s=asked - conversation.started,
         sampled_s=time.perf_counter() - asked,
     )

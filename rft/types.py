@@ -141,6 +141,7 @@ class Turn(Record):
     results: list[ToolResult] = Field(default_factory=list)
     replies: list[Message] = Field(default_factory=list)  # of the environment, to a message without calls
     is_fork: bool = False
+    reasoning_tokens: int = 0  # of the output ids, those inside <think>
     started_s: float = 0.0  # seconds since the rollout started
     sampled_s: float = 0.0  # seconds the engine took
 

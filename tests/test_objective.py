@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rft.trainers.objective import advantages, dapo_loss
+from rft.trainers.objective import Objective, Tokens, advantages, policy_loss, token_weights
+
+
+def dapo_loss(logprobs, sampled, values, clip_low, clip_high, num_tokens):
+    """The default loss over a window of `num_tokens`."""
+    weights = torch.full(logprobs.shape, 1 / num_tokens)
+    index = torch.zeros(logprobs.shape, dtype=torch.int64)
+    objective = Objective(clip_low=clip_low, clip_high=clip_high)
+    return policy_loss(objective, Tokens(logprobs, sampled, values, weights, index))
 
 
 def test_advantages_are_centred():
@@ -67,33 +75,138 @@ def test_loss_of_a_split_is_the_loss_of_the_whole():
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
+def test_leave_one_out_is_the_mean_of_the_others():
+    scores = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    expected = [score - (1.75 - score) / 3 for score in scores.tolist()]
+    assert advantages(scores, "none", baseline="leave_one_out").tolist() == pytest.approx(expected)
+    second = advantages(scores, "none", (2, 2), "leave_one_out")  # the first round knows nothing of the second
+    assert second.tolist() == pytest.approx([1.0, -1.0, 0.5 - 1.25 / 3, 0.25 - 1.5 / 3])
+
+
+# two rollouts; the first forked after 2 of its 3 tokens
+ROLLOUTS, SEQUENCES = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("dapo", [1 / 4] * 4),
+        ("cispo", [1 / 4] * 4),
+        ("grpo", [1 / 6, 1 / 6, 1 / 6, 1 / 2]),
+        ("gspo", [1 / 6, 1 / 6, 1 / 3, 1 / 3]),
+        ("dr_grpo", [1 / 20] * 4),
+    ],
+)
+def test_weights_worked_numbers(loss, expected):
+    assert token_weights(loss, ROLLOUTS, SEQUENCES, 10).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_a_window_without_tokens_weighs_nothing(loss):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert token_weights(loss, nothing, nothing, 10).numel() == 0
+
+
+def test_gspo_worked_numbers():
+    # a sequence with ratios 2 and 1/2 has the ratio 1: not clipped, and both tokens get half of its gradient
+    logprobs = torch.tensor([2.0, 0.5, 1.5]).log().requires_grad_()
+    tokens = Tokens(logprobs, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.25, 0.25, 0.5]),
+                    torch.tensor([0, 0, 1]))  # fmt: skip
+    loss, stats = policy_loss(Objective(loss="gspo"), tokens)
+    assert loss.item() == pytest.approx(-(0.5 * 1.0 + 0.5 * 1.28))
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-0.25, -0.25, 0.0])
+    assert stats.clip_share == pytest.approx(1 / 3)
+
+
+def test_cispo_worked_numbers():
+    ratio = torch.tensor([8.0, 0.1])
+    logprobs = ratio.log().requires_grad_()
+    tokens = Tokens(logprobs, torch.zeros(2), torch.tensor([1.0, -2.0]), torch.full((2,), 0.5), torch.zeros(2))
+    loss, stats = policy_loss(Objective(loss="cispo"), tokens)
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-0.5 * 5.0, 0.5 * 0.1 * 2.0])  # no token's gradient is lost
+    assert stats.clip_share == 0.5
+
+
+def test_the_second_clip_counts_where_the_advantage_is_negative():
+    logprobs = torch.tensor([6.0, 6.0]).log().requires_grad_()
+    tokens = Tokens(logprobs, torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.ones(2), torch.zeros(2))
+    loss, _ = policy_loss(Objective(max_ratio=3.0), tokens)
+    assert loss.item() == pytest.approx(3.0 - 1.28)
+    loss.backward()
+    assert logprobs.grad.tolist() == [0.0, 0.0]
+
+
+def test_kl_worked_numbers():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    reference = torch.tensor([-1.5, -2.0])
+    tokens = Tokens(logprobs, logprobs.detach(), torch.zeros(2), torch.full((2,), 0.5), torch.zeros(2), reference)
+    loss, stats = policy_loss(Objective(kl_coef=0.1), tokens)
+    kl = math.exp(-0.5) + 0.5 - 1
+    assert loss.item() == pytest.approx(0.1 * kl / 2) and stats.reference_kl == pytest.approx(kl / 2)
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.05 * (1 - math.exp(-0.5)), 0.0])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_any_split_of_a_window_has_its_gradient(loss):
+    generator = torch.Generator().manual_seed(0)
+    sampled, values = torch.randn(2, 40, generator=generator)
+    rollouts = torch.arange(40) // 8
+    sequences = torch.arange(40) // 4
+    weights = token_weights(loss, rollouts, sequences, 9)
+    start = sampled + 0.3 * torch.randn(40, generator=generator)
+    gradients = []
+    for size in (40, 8, 4):  # a sequence is never cut
+        logprobs = start.clone().requires_grad_()
+        for cut in (slice(begin, begin + size) for begin in range(0, 40, size)):
+            tokens = Tokens(logprobs[cut], sampled[cut], values[cut], weights[cut], sequences[cut])
+            policy_loss(Objective(loss=loss), tokens)[0].backward()
+        gradients.append(logprobs.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(gradients[0], gradients[2], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_ratio", [None, 1.4])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_loss_and_gradient_equal_trl(num_ranks):
+def test_loss_and_gradient_equal_trl(num_ranks, loss, kl_coef, max_ratio):
     """TRL's own GRPOTrainer._compute_loss on one padded batch, with what it reads of its trainer laid out around it."""
-    rows, width = 4, 6
+    rows, width, max_length = 4, 6, 9
     generator = torch.Generator().manual_seed(1)
     ours = (torch.randn(rows, width, generator=generator) - 2).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     sampled = ours.detach() + 0.3 * torch.randn(rows, width, generator=generator)
+    reference = ours.detach() + 0.2 * torch.randn(rows, width, generator=generator)
     mask = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 0]])
     values = advantages(torch.tensor([1.0, 0.25, 0.0, 0.5]), "group")
-    window = 2 * int(mask.sum())  # this batch is half of what the ranks of a window see
+    is_window_split = loss in ("dapo", "cispo")  # this batch is half of what the ranks of a window see
+    window = (2 if is_window_split else 1) * int(mask.sum())
+    objective = Objective(loss=loss, kl_coef=kl_coef, max_ratio=max_ratio, cispo_max_ratio=1.2)
 
-    trl_loss, trl_clip_share = _trl_loss(theirs, sampled, mask, values, window, num_ranks)
+    trainer = _FakeTrainer(theirs, num_ranks, objective, max_length)
+    trl_loss = _trl_loss(trainer, sampled, mask, values, window, reference)
     trl_loss.backward()
     is_sampled = mask.bool()
     per_token = values[:, None].expand(rows, width)[is_sampled]
-    loss, stats = dapo_loss(ours[is_sampled], sampled[is_sampled], per_token, 0.2, 0.28, window)
-    loss = loss * num_ranks  # ranks average their gradients
-    loss.backward()
-    assert loss.item() == pytest.approx(trl_loss.item(), rel=1e-6)
-    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
-    assert stats.clip_share == pytest.approx(trl_clip_share) and trl_clip_share > 0
+    sequences = torch.arange(rows)[:, None].expand(rows, width)[is_sampled]
+    weights = token_weights(loss, sequences, sequences, max_length) / (2 if is_window_split else 1)
+    tokens = Tokens(ours[is_sampled], sampled[is_sampled], per_token, weights, sequences,
+                    reference[is_sampled] if kl_coef else None)  # fmt: skip
+    found, stats = policy_loss(objective, tokens)
+    found = found * (num_ranks if is_window_split else 1)  # ranks average their gradients
+    found.backward()
+    assert found.item() == pytest.approx(trl_loss.item(), rel=1e-5)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    if loss == "dapo":
+        clip_share = trainer._metrics["train"]["clip_ratio/region_mean"][0]
+        assert stats.clip_share == pytest.approx(clip_share) and clip_share > 0
 
 
-def _trl_loss(logprobs, sampled, mask, values, window, num_ranks):
+def _trl_loss(trainer, sampled, mask, values, window, reference):
     trainer_module = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is the oracle of this test")
-    trainer = _FakeTrainer(logprobs, num_ranks)
     ids = torch.ones_like(mask)
     inputs = {
         "prompt_ids": ids[:, :1],
@@ -103,26 +216,35 @@ def _trl_loss(logprobs, sampled, mask, values, window, num_ranks):
         "tool_mask": mask,
         "advantages": values,
         "old_per_token_logps": sampled,
+        "ref_per_token_logps": reference,
         "num_items_in_batch": torch.tensor(window),
     }
-    loss = trainer_module.GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss, trainer._metrics["train"]["clip_ratio/region_mean"][0]
+    return trainer_module.GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
 class _FakeTrainer:
-    """The attributes that TRL's loss reads, at TRL's defaults for `dapo` with one step per generation."""
+    """The attributes that TRL's loss reads, at TRL's defaults with one step per generation."""
 
     aux_loss_enabled = use_vllm = _entropy_bonus_enabled = False
-    top_entropy_quantile, off_policy_mask_threshold, beta = 1.0, None, 0.0
-    importance_sampling_level, loss_type = "token", "dapo"
-    epsilon_low, epsilon_high = 0.2, 0.28
+    top_entropy_quantile, off_policy_mask_threshold = 1.0, None
     current_gradient_accumulation_steps = 1
-    args = SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False)
     model = SimpleNamespace(training=True)
 
-    def __init__(self, logprobs, num_ranks):
+    def __init__(self, logprobs, num_ranks, objective, max_length):
         self._logprobs = logprobs
-        self.accelerator = SimpleNamespace(num_processes=num_ranks, gather=lambda x: x, reduce=lambda x, reduction: x)
+        is_gspo = objective.loss == "gspo"
+        self.importance_sampling_level = "sequence" if is_gspo else "token"
+        self.loss_type = "grpo" if is_gspo else objective.loss
+        self.beta, self.max_completion_length = objective.kl_coef, max_length
+        self.epsilon_low = objective.clip_low
+        self.epsilon_high = objective.cispo_max_ratio if objective.loss == "cispo" else objective.clip_high
+        self.args = SimpleNamespace(delta=objective.max_ratio, steps_per_generation=1, use_bias_correction_kl=False)
+        self.accelerator = SimpleNamespace(
+            num_processes=num_ranks,
+            gather=lambda x: x,
+            gather_for_metrics=lambda x: x,
+            reduce=lambda x, reduction: x,
+        )
         self._metrics = defaultdict(lambda: defaultdict(list))
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):

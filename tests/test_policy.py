@@ -25,7 +25,7 @@ from transformers import (
 from rft.config import LoraConfig, ModelConfig, TrainingConfig
 from rft.errors import ConfigError, UserError
 from rft.trainers.attention import block_mask
-from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens
+from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens, weigh
 from rft.trainers.policy import Policy, build_accelerator
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
@@ -76,7 +76,7 @@ def gradients(policy: Policy, batches: list[MicroBatch]) -> torch.Tensor:
     """The gradient of one window as a vector, through the policy's own accumulation."""
     policy.optimizer.zero_grad()
     for batch in batches:
-        policy._backward(batch, count_tokens(batches), is_last=True)
+        policy._backward(batch, is_last=True)
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
 
 
@@ -284,6 +284,33 @@ if rank == 0:
     torch.save({"weights": [p.detach() for p in policy.parameters], "loss": stats.loss, "norm": stats.grad_norm,
                 "entropy": stats.entropy, "gap": stats.max_logprob_gap}, sys.argv[3])
 """
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss):
+    policy = make_policy(model_folder(tmp_path), loss=loss, kl_coef=0.1)
+    groups = [random_group(seed) for seed in range(3)]
+    found = []
+    for layout, limit in [("packed", 10_000), ("packed", 50), ("plain", 10_000)]:
+        batches = build_micro_batches(groups, values(groups), limit, layout)
+        found.append(gradients(policy, weigh(batches, loss, max_length=40)))
+    assert found[0].abs().max() > 0
+    for other in found[1:]:
+        assert (other - found[0]).norm() / found[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("sync", ["merged", "adapter"])
+def test_the_reference_is_the_model_without_its_adapter(tmp_path, sync):
+    path = model_folder(tmp_path)
+    policy = make_policy(path, sync=sync, kl_coef=0.5)
+    (batch,) = build_micro_batches([random_group(0)], values([random_group(0)]), 10_000, "packed")
+    plain = make_policy(path, sync=sync)
+    for parameter in plain.parameters:
+        parameter.data.zero_()
+    assert torch.allclose(policy._reference(batch), plain.logprobs(batch), atol=1e-6)
+    assert not torch.allclose(policy._reference(batch), policy.logprobs(batch), atol=1e-3)
+    stats = [policy.step([batch], batch.num_tokens) for _ in range(3)]
+    assert stats[0].reference_kl > stats[2].reference_kl > 0, "the KL term pulls the policy back"
 
 
 @pytest.mark.slow  # two more processes import torch

@@ -50,6 +50,8 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in] -> [..., out], both in the base's dtype."""
         base = self.base
+        if self.disable_adapters:
+            return linear(x, base.weight, base.bias)
         a, b, scale = self.factors
         if not self.is_merged:
             return linear(x, base.weight, base.bias) + linear(linear(x, a.to(x.dtype)), (scale * b).to(x.dtype))

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rft.trainers.objective import Loss, token_weights
 from rft.types import Group
 
 Layout = Literal["packed", "plain"]
@@ -38,6 +39,7 @@ class MicroBatch:
     targets: Tensor  # [N] int64, the sampled ids
     sampled_logprobs: Tensor  # [N] float32, natural logs at the sampling temperature, as the engine gave them
     advantages: Tensor  # [N] float32
+    weights: Tensor  # [N] float32, of each token in the loss of the whole optimizer window
     rollout_index: Tensor  # [N] int64, counts the rollouts of all groups given, in order
     sequence_index: Tensor  # [N] int64, counts their training sequences (a rollout has several when it forks)
     layout: Layout
@@ -84,18 +86,32 @@ def build_micro_batches(
 ) -> list[MicroBatch]:
     """One row per group (packed) or length-sorted padded rows (plain), each of at most `max_tokens` tokens.
 
+    Their tokens have the weights of a window that is these micro-batches under `dapo`; see `weigh` for others.
     advantages: one [n_rollouts] float32 per group. A packed group beyond the limit is split by sequences into rows
     that repeat the shared prefix; a single sequence beyond it still gets its own row. Deterministic.
     """
     per_group = _paths(groups, advantages)
     if layout == "plain":
-        return _plain([path for paths in per_group for path in paths], max_tokens)
-    return [_pack(paths) for group in per_group for paths in _fit(group, max_tokens)]
+        found = _plain([path for paths in per_group for path in paths], max_tokens)
+    else:
+        found = [_pack(paths) for group in per_group for paths in _fit(group, max_tokens)]
+    return weigh(found, "dapo", 1)
 
 
 def count_tokens(micro_batches: Iterable[MicroBatch]) -> int:
     """The loss-bearing tokens of all micro-batches: the normaliser of an optimizer window."""
     return sum(micro_batch.num_tokens for micro_batch in micro_batches)
+
+
+def weigh(micro_batches: list[MicroBatch], loss: Loss, max_length: int) -> list[MicroBatch]:
+    """The same micro-batches with the weights their tokens have in the window that they are together."""
+    if not micro_batches:
+        return []
+    rollouts = torch.cat([micro_batch.rollout_index for micro_batch in micro_batches])
+    sequences = torch.cat([micro_batch.sequence_index for micro_batch in micro_batches])
+    weights = token_weights(loss, rollouts, sequences, max_length)
+    parts = weights.split([micro_batch.num_tokens for micro_batch in micro_batches])
+    return [replace(micro_batch, weights=part) for micro_batch, part in zip(micro_batches, parts, strict=True)]
 
 
 def split_over_ranks(micro_batches: list[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
@@ -216,6 +232,7 @@ def _micro_batch(
         targets=torch.tensor([target for path in paths for target in path.targets]),
         sampled_logprobs=torch.tensor([value for path in paths for value in path.logprobs], dtype=torch.float32),
         advantages=torch.tensor([path.advantage for path in paths], dtype=torch.float32).repeat_interleave(counts),
+        weights=torch.zeros(int(counts.sum())),
         rollout_index=torch.tensor([path.rollout for path in paths]).repeat_interleave(counts),
         sequence_index=torch.tensor([path.sequence for path in paths]).repeat_interleave(counts),
         layout=layout,
@@ -225,6 +242,17 @@ def _micro_batch(
 def _empty() -> MicroBatch:
     """Two tokens without loss: something to run where a rank has nothing left."""
     nothing, no_values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32)
-    ids, depths = torch.zeros(1, 2, dtype=torch.int64), torch.arange(2)[None]
-    ends = torch.full((1, 2), 2)
-    return MicroBatch(ids, depths, ends, nothing, nothing, nothing, no_values, no_values, nothing, nothing, "packed")
+    return MicroBatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        position_ids=torch.arange(2)[None],
+        subtree_end=torch.full((1, 2), 2),
+        predictors=nothing,
+        predictor_index=nothing,
+        targets=nothing,
+        sampled_logprobs=no_values,
+        advantages=no_values,
+        weights=no_values,
+        rollout_index=nothing,
+        sequence_index=nothing,
+        layout="packed",
+    )

@@ -17,8 +17,9 @@ from accelerate.utils import broadcast_object_list
 from rft.config import RunConfig
 from rft.errors import NumericsError
 from rft.metrics import Clock
+from rft.shaping import shaped_scores
 from rft.trainers import checkpoint
-from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks
+from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks, weigh
 from rft.trainers.leader import Leader
 from rft.trainers.objective import advantages
 from rft.trainers.policy import Policy, StepStats
@@ -79,11 +80,16 @@ def _steps(config: RunConfig, leader: Leader | None, first_step: int) -> Iterato
 
 
 def _window(config: RunConfig, policy: Policy, groups: list[Group], num_ranks: int) -> list[Window]:
-    """One window per rank. Groups with equal grades are dropped here: their advantages are zero."""
-    useful = [group for group in groups if group.has_signal]
-    scale = config.training.advantage_scale
-    found = [advantages(torch.tensor(group.scores), scale, group.round_sizes) for group in useful]
-    micro_batches = policy.micro_batches(useful, found)
+    """One window per rank. Groups with equal (shaped) grades are dropped here: their advantages are zero."""
+    training = config.training
+    shaped = [(group, shaped_scores(group, training.costs)) for group in groups]
+    useful = [(group, scores) for group, scores in shaped if len(set(scores)) > 1]
+    found = [
+        advantages(torch.tensor(scores), training.advantage_scale, group.round_sizes, training.baseline)
+        for group, scores in useful
+    ]
+    micro_batches = policy.micro_batches([group for group, _ in useful], found)
+    micro_batches = weigh(micro_batches, training.loss, config.rollout.max_sampled_tokens)
     num_tokens = count_tokens(micro_batches)
     return [Window(share, num_tokens) for share in split_over_ranks(micro_batches, num_ranks)]
 

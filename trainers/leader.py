@@ -17,6 +17,7 @@ from rft.metrics import Clock, group_metrics, rollout_metrics, shadow_divergence
 from rft.progress import Display
 from rft.replay import stored_groups
 from rft.sampling import Sampling
+from rft.shaping import cost_metrics
 from rft.store import RunStore
 from rft.trainers.policy import Policy
 from rft.trainers.sync import Sync
@@ -55,6 +56,7 @@ class Leader:
         """The step's row in the metrics, the state, and the line that a person follows."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
         row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
+        row |= cost_metrics(groups, self.config.training.costs)
         self.store.append_metrics(row)
         self.store.write_state({"status": "running", "step": step, "steps": self.config.training.steps})
         self.display.line(step_line(row, self.config.training.steps))

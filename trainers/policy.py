@@ -32,7 +32,7 @@ from rft.trainers.attention import attention_inputs, attention_window
 from rft.trainers.batch import Layout, MicroBatch, build_micro_batches
 from rft.trainers.head import decoder, find_head, token_logprobs
 from rft.trainers.model import add_lora, load_model
-from rft.trainers.objective import LossStats, dapo_loss
+from rft.trainers.objective import LossStats, Objective, Tokens, policy_loss
 from rft.types import Group
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class StepStats:
     approx_kl: float  # KL(sampling policy || policy)
     mean_logprob_gap: float  # |sampled - current|
     max_logprob_gap: float
+    reference_kl: float  # KL(policy || reference), 0 without training.kl_coef
     entropy: float  # mean over the distinct positions that were sampled from, at the sampling temperature
     is_skipped: bool  # a loss or gradient was not finite: nothing was changed
 
@@ -95,6 +96,14 @@ class Policy:
         self, model: ModelConfig, training: TrainingConfig, temperature: float, accelerator: Accelerator, seed: int
     ) -> None:
         self.training, self.temperature, self.accelerator = training, temperature, accelerator
+        self.objective = Objective(
+            loss=training.loss,
+            clip_low=training.clip_low,
+            clip_high=training.clip_high,
+            max_ratio=training.max_ratio,
+            cispo_max_ratio=training.cispo_max_ratio,
+            kl_coef=training.kl_coef,
+        )
         self.device: torch.device = accelerator.device
         base = load_model(model, self.device)
         self.layout: Layout | None = "plain" if training.batch == "plain" else None  # None: not yet checked
@@ -174,6 +183,11 @@ class Policy:
         result: Tensor = scorer(micro_batch.to(self.device), self.temperature)[0]
         return result
 
+    def _reference(self, micro_batch: MicroBatch) -> Tensor:
+        """[N] float32 log-probabilities of the reference: the model without its adapter."""
+        with self.model.disable_adapter():
+            return self.logprobs(micro_batch)
+
     def logprob_gap(self, group: Group) -> tuple[float, float]:
         """Mean and largest |sampled - current| log-probability over a group's sampled tokens; 0 without any."""
         micro_batches = self.micro_batches([group], [torch.zeros(len(group.rollouts))])
@@ -189,7 +203,18 @@ class Policy:
         places, targets = torch.arange(start - 1, len(ids) - 1), path[start:]
         index, zeros = torch.arange(targets.numel()), torch.zeros(targets.numel())
         micro_batch = MicroBatch(
-            path[None], torch.arange(len(ids))[None], ends, places, index, targets, zeros, zeros, index, index, "plain"
+            input_ids=path[None],
+            position_ids=torch.arange(len(ids))[None],
+            subtree_end=ends,
+            predictors=places,
+            predictor_index=index,
+            targets=targets,
+            sampled_logprobs=zeros,
+            advantages=zeros,
+            weights=zeros,
+            rollout_index=index,
+            sequence_index=index,
+            layout="plain",
         )
         with torch.no_grad():
             scorer = self.accelerator.unwrap_model(self._scorer)
@@ -199,7 +224,7 @@ class Policy:
     def step(
         self, micro_batches: list[MicroBatch], num_tokens: int, on_micro_batch: Callable[[], None] | None = None
     ) -> StepStats:
-        """One optimizer step on this rank's micro-batches; every rank must pass equally many, at least one.
+        """One optimizer step on this rank's micro-batches (see `batch.weigh`); every rank passes equally many, >= 1.
 
         num_tokens: the loss-bearing tokens of the whole window, over all ranks. A loss or gradient that is not
         finite on any rank skips the step on all of them: weights, optimizer and schedule stay as they were.
@@ -210,7 +235,7 @@ class Policy:
         rows: list[list[float]] = []
         for micro_batch in micro_batches:
             is_last = len(rows) == len(micro_batches) - 1
-            rows.append(self._backward(micro_batch.to(self.device), num_tokens, is_last))
+            rows.append(self._backward(micro_batch.to(self.device), is_last))
             if on_micro_batch is not None:
                 on_micro_batch()
         grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.training.max_grad_norm))
@@ -229,29 +254,37 @@ class Policy:
             **totals,
         )
 
-    def _backward(self, micro_batch: MicroBatch, num_tokens: int, is_last: bool) -> list[float]:
+    def _backward(self, micro_batch: MicroBatch, is_last: bool) -> list[float]:
         """Accumulate one micro-batch's gradient; returns its share of the step's statistics as sums."""
+        reference = self._reference(micro_batch) if self.objective.kl_coef else None
         with nullcontext() if is_last else self.accelerator.no_sync(self._scorer):
             logprobs, entropies = self._scorer(micro_batch, self.temperature)
-            clip = (self.training.clip_low, self.training.clip_high)
-            loss, stats = dapo_loss(
-                logprobs, micro_batch.sampled_logprobs, micro_batch.advantages, *clip, max(1, num_tokens)
+            tokens = Tokens(
+                logprobs,
+                micro_batch.sampled_logprobs,
+                micro_batch.advantages,
+                micro_batch.weights,
+                micro_batch.sequence_index,
+                reference,
             )
+            loss, stats = policy_loss(self.objective, tokens)
             # ranks average their gradients, the loss is a sum over ranks
             self.accelerator.backward(loss * self.accelerator.num_processes)
         return [
             loss.item(),
             *_sums(stats),
             stats.max_gap,
+            stats.reference_kl * stats.num_tokens,
             entropies.sum().item(),
             entropies.numel(),
             micro_batch.num_row_tokens,
         ]
 
     def _totals(self, rows: Tensor) -> dict[str, float]:
-        """[micro-batches, 9] float64 of this rank -> the step's statistics over all ranks."""
+        """[micro-batches, 10] float64 of this rank -> the step's statistics over all ranks."""
         gathered = self.accelerator.gather(rows) if self.accelerator.num_processes > 1 else rows
-        loss, tokens, clips, ratios, kls, gaps, _, entropies, positions, row_tokens = gathered.sum(0).tolist()
+        loss, tokens, clips, ratios, kls, gaps, _, references, *others = gathered.sum(0).tolist()
+        entropies, positions, row_tokens = others
         tokens, positions = max(1.0, tokens), max(1.0, positions)
         return {
             "loss": loss,
@@ -260,6 +293,7 @@ class Policy:
             "approx_kl": kls / tokens,
             "mean_logprob_gap": gaps / tokens,
             "max_logprob_gap": gathered[:, 6].max().item(),
+            "reference_kl": references / tokens,
             "entropy": entropies / positions,
             "num_row_tokens": row_tokens,
         }
