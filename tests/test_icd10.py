@@ -19,6 +19,8 @@ from rft.envs.tasks.icd10.rows import TEST_CHAPTERS, VALIDATION_CHAPTERS
 from rft.envs.tasks.icd10.search import SearchIndex, build_index, load_index, shared_index, words
 from rft.envs.tasks.icd10.table import official_table, official_terms
 
+pytestmark = pytest.mark.slow  # the whole table is loaded
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
