@@ -182,6 +182,21 @@ def test_calls_run_at_once() -> None:
     run_with("slow:0.3", use)
 
 
+def test_several_tools_may_share_a_url_and_are_told_apart_by_name() -> None:
+    async def use() -> None:
+        tools = [HttpToolConfig(name=name, server_url=server.base_url + "/tools") for name in ("a", "b")]
+        environment = HttpEnvironment(HttpEnvironmentConfig(tools=tuple(tools)), retry=QUICK)
+        session = await environment.open(item_with("a", "b"), "trace_1")
+        first, second = [await session.call(call_of(name)) for name in ("a", "b")]
+        await environment.close()
+        assert not first.is_error and second.is_error
+        assert [request["name"] for request in server.requests] == ["a", "b"]
+        assert server.paths == ["/tools", "/tools"]
+
+    with FaultyToolServer({"a": "ok", "b": "404"}) as server:
+        asyncio.run(use())
+
+
 def test_headers_are_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     async def use(environment: HttpEnvironment, server: FaultyToolServer) -> None:
         session = await environment.open(item_with("t"), "trace_1")

@@ -239,20 +239,27 @@ def _micro_batch(
     )
 
 
+def one_path(ids: list[int], start: int, layout: Layout = "plain") -> MicroBatch:
+    """One sequence and its targets `ids[start:]`, 1 <= start <= len(ids), without sampled values: to be scored only."""
+    path, length = torch.tensor(ids), len(ids)
+    targets = path[start:]
+    index, zeros = torch.arange(targets.numel()), torch.zeros(targets.numel())
+    return MicroBatch(
+        input_ids=path[None],
+        position_ids=torch.arange(length)[None],
+        subtree_end=torch.full((1, length), length),
+        predictors=torch.arange(start - 1, length - 1),
+        predictor_index=index,
+        targets=targets,
+        sampled_logprobs=zeros,
+        advantages=zeros,
+        weights=zeros,
+        rollout_index=index,
+        sequence_index=index,
+        layout=layout,
+    )
+
+
 def _empty() -> MicroBatch:
     """Two tokens without loss: something to run where a rank has nothing left."""
-    nothing, no_values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float32)
-    return MicroBatch(
-        input_ids=torch.zeros(1, 2, dtype=torch.int64),
-        position_ids=torch.arange(2)[None],
-        subtree_end=torch.full((1, 2), 2),
-        predictors=nothing,
-        predictor_index=nothing,
-        targets=nothing,
-        sampled_logprobs=no_values,
-        advantages=no_values,
-        weights=no_values,
-        rollout_index=nothing,
-        sequence_index=nothing,
-        layout="packed",
-    )
+    return one_path([0, 0], 2, "packed")

@@ -29,7 +29,7 @@ from rft.engines import sync_kind
 from rft.errors import UserError
 from rft.trainers.adapter import LoraLinear
 from rft.trainers.attention import attention_inputs, attention_window
-from rft.trainers.batch import Layout, MicroBatch, build_micro_batches
+from rft.trainers.batch import Layout, MicroBatch, build_micro_batches, one_path
 from rft.trainers.head import decoder, find_head, token_logprobs
 from rft.trainers.model import add_lora, load_model
 from rft.trainers.objective import LossStats, Objective, Tokens, policy_loss
@@ -198,27 +198,9 @@ class Policy:
 
     def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`, each given what precedes it; start >= 1."""
-        path = torch.tensor(ids)
-        ends = torch.full((1, len(ids)), len(ids))
-        places, targets = torch.arange(start - 1, len(ids) - 1), path[start:]
-        index, zeros = torch.arange(targets.numel()), torch.zeros(targets.numel())
-        micro_batch = MicroBatch(
-            input_ids=path[None],
-            position_ids=torch.arange(len(ids))[None],
-            subtree_end=ends,
-            predictors=places,
-            predictor_index=index,
-            targets=targets,
-            sampled_logprobs=zeros,
-            advantages=zeros,
-            weights=zeros,
-            rollout_index=index,
-            sequence_index=index,
-            layout="plain",
-        )
         with torch.no_grad():
             scorer = self.accelerator.unwrap_model(self._scorer)
-            scores: list[float] = scorer(micro_batch.to(self.device), 1.0)[0].tolist()
+            scores: list[float] = scorer(one_path(ids, start).to(self.device), 1.0)[0].tolist()
         return scores
 
     def step(
