@@ -22,8 +22,6 @@ from rft.graders.judge import Judges
 from rft.store import RunStore
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from rft.trainers.policy import Policy
 
 
@@ -91,7 +89,7 @@ async def start_parts(
 
 async def start_with_policy(
     config: RunConfig, parts: Parts, store: RunStore, stack: AsyncExitStack, on_status: Callable[[str], None]
-) -> tuple[Accelerator, Policy]:
+) -> Policy:
     """The same while the policy loads: both take long, neither needs the other.
 
     An in-process engine goes first: transformers cannot load two models in two threads of one process.
@@ -120,8 +118,10 @@ async def _start_judges(
         await judge.check()
 
 
-def load_policy(config: RunConfig) -> tuple[Accelerator, Policy]:
-    from rft.trainers.policy import Policy, build_accelerator
+def load_policy(config: RunConfig) -> Policy:
+    """This rank's policy, untrained."""
+    from rft.trainers.policy import Policy
+    from rft.trainers.ranks import build_accelerator
 
     accelerator = build_accelerator(config.seed)
-    return accelerator, Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)
+    return Policy(config.model, config.training, config.rollout.temperature, accelerator, config.seed)

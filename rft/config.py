@@ -41,7 +41,27 @@ class ModelConfig(Config):
 
     path: Path
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig | None = Field(LoraConfig(), description="null: the whole model is trained")
+    freeze: list[str] = Field(
+        default_factory=list, description="lora: null; modules or parameters left as they are, e.g. model.layers.0.*"
+    )
+    master_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="lora: null; what the optimizer steps; null: float32; bfloat16 saves memory, loses updates"
+    )
+    init_from: Path | None = Field(None, description="a run folder whose newest weights this run starts from")
+    reference: Path | None = Field(
+        None, description="the model of training.kl_coef; null: this one, as it was before any training"
+    )
+
+    @model_validator(mode="after")
+    def _of_full_training(self) -> ModelConfig:
+        if self.lora is not None and self.freeze:
+            raise ValueError("freeze is for lora: null; with adapters choose lora.targets instead")
+        if self.lora is not None and self.master_dtype is not None:
+            raise ValueError("master_dtype is for lora: null; adapters are always trained in float32")
+        if self.dtype == "float32" and self.master_dtype == "bfloat16":
+            raise ValueError("master_dtype bfloat16 below a model in float32 would lose what it computes; leave it out")
+        return self
 
 
 class VllmEngineConfig(Config):
@@ -148,12 +168,19 @@ class TrainingConfig(Config):
     costs: CostsConfig = CostsConfig()
     batch: Literal["auto", "packed", "plain"] = "auto"
     max_tokens_per_micro_batch: int = Field(4096, ge=16)
-    sync: Literal["auto", "adapter", "merged"] = "auto"
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="the 8-bit ones need the package bitsandbytes"
+    )
+    sync: Literal["auto", "adapter", "merged", "reload"] = Field(
+        "auto", description="how new weights reach the engine; reload is for model.lora: null"
+    )
     max_logprob_gap: float = Field(
         0.2, gt=0, description="mean |engine - trainer| log-probability; beyond it the run stops"
     )
     checkpoint_every: int = Field(1, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest ones")
+    keep_best: int = Field(1, ge=0, description="beside them, those with the best validation grades")
 
 
 class EvaluationConfig(Config):
@@ -217,6 +244,23 @@ class RunConfig(Config):
         first, size = self.training.first_rollouts, self.rollouts_per_item
         if self.training.allocation == "adaptive" and first > size:
             raise ValueError(f"training.first_rollouts is {first}, more than the {size} rollouts an item gets")
+        return self
+
+    @model_validator(mode="after")
+    def _sync_fits(self) -> RunConfig:
+        sync, is_full = self.training.sync, self.model.lora is None
+        if is_full and sync in ("adapter", "merged"):
+            raise ValueError(
+                f"training.sync is {sync}, but model.lora is null: there is no adapter; use reload or auto"
+            )
+        if not is_full and sync == "reload":
+            raise ValueError(f"training.sync is {sync}, which is for model.lora: null; use adapter, merged or auto")
+        return self
+
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> RunConfig:
+        if self.model.reference is not None and not self.training.kl_coef:
+            raise ValueError("model.reference is only used by training.kl_coef, which is 0; set it, or leave this out")
         return self
 
     @model_validator(mode="after")

@@ -76,6 +76,10 @@ class StorageError(WorldError):
     """The run folder cannot be written (disk full, permissions)."""
 
 
+class MemoryLimitError(WorldError):
+    """A micro-batch does not fit into memory, nor does half of it."""
+
+
 class NumericsError(WorldError):
     """A loss, gradient or log-probability is NaN or infinite, or drifted beyond its bound."""
 

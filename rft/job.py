@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,6 +22,7 @@ from rft.assembly import Parts, build_parts, load_policy, start_parts, start_wit
 from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
+from rft.engines import sync_kind
 from rft.errors import RftError
 from rft.metrics import group_metrics, rollout_metrics, sampling_line
 from rft.preflight import check_fits, load_splits, open_store
@@ -34,8 +35,6 @@ from rft.types import Item, Split
 from rft.watch import Watchdog
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from rft.trainers.leader import Leader
     from rft.trainers.policy import Policy
 
@@ -167,11 +166,11 @@ def _sample_and_train(job: _Job) -> None:
     config, store = job.config, job.store
     parts = _check_parts(job)
     with job.display.phase("starting the engine and loading the model") as phase:
-        accelerator, policy = job.watchdog.run(start_with_policy(config, parts, store, job.stack, phase.status))
-    sync = Sync(config.training.sync, store.weights, config.model.path, accelerator.device.type, config.model.dtype)
+        policy = job.watchdog.run(start_with_policy(config, parts, store, job.stack, phase.status))
+    sync = Sync(_sync_kind(config, policy), store.weights, config.model.path, config.model.dtype)
     sampling = _sampling(job, parts)
     leader = SamplingLeader(config, store, job.display, sampling, parts.engine, sync, job.chat.first_prompt)
-    _train(job, policy, accelerator, leader)
+    _train(job, policy, leader)
     sync.clear()
 
 
@@ -179,18 +178,17 @@ def _replay(job: _Job, source: RunStore) -> None:
     from rft.trainers.leader import ReplayLeader
 
     with job.display.phase("loading the model"):
-        accelerator, policy = load_policy(job.config)
-    _train(job, policy, accelerator, ReplayLeader(job.config, job.store, job.display, source, job.items["train"]))
+        policy = load_policy(job.config)
+    _train(job, policy, ReplayLeader(job.config, job.store, job.display, source, job.items["train"]))
 
 
-def _train(job: _Job, policy: Policy, accelerator: Accelerator, leader: Leader) -> None:
+def _train(job: _Job, policy: Policy, leader: Leader) -> None:
     from rft.trainers.grpo import train
 
-    step = _restore(_latest_checkpoint(job.store.checkpoints, accelerator), policy)
-    job.store.rewind(step)
-    if step:
-        job.display.line(f"continuing after step {step}")
-    train(job.config, policy, accelerator, leader, step + 1)
+    with policy.ranks.leading():
+        step = _restore(job, policy)
+        job.store.rewind(step)
+        train(job.config, policy, leader, step + 1)
 
 
 def _sample_only(job: _Job) -> None:
@@ -233,29 +231,29 @@ def _sampling(job: _Job, parts: Parts) -> Sampling:
     return Sampling(config, collector, job.watchdog, job.store, job.display, job.items)
 
 
-def _latest_checkpoint(folder: Path | None, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to continue from, as rank 0 sees it; `folder` is None on the other ranks."""
-    from accelerate.utils import broadcast_object_list
-
+def _restore(job: _Job, policy: Policy) -> int:
+    """Load the newest checkpoint; the step it was made at. Without one it is step 0, with the weights of another run
+    where the config names one.
+    """
     from rft.trainers import checkpoint
 
-    box = [checkpoint.latest(folder) if folder is not None else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(box, from_process=0)
-    return box[0]
+    latest = checkpoint.latest(job.store.checkpoints)
+    if latest is not None:
+        step = int(checkpoint.load(latest, policy)["step"])
+        job.display.line(f"continuing after step {step}")
+        return step
+    if job.config.model.init_from is not None:
+        source = checkpoint.find(job.config.model.init_from)
+        checkpoint.load_weights(source, policy)
+        job.note(f"starting from the weights of {source}")
+    return 0
 
 
-def _restore(latest: Path | None, policy: Policy) -> int:
-    """Load a checkpoint, if there is one; the step it was made at, 0 without one."""
-    from rft.trainers import checkpoint
-
-    return int(checkpoint.load(latest, policy)["step"]) if latest is not None else 0
+def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged"]:
+    return sync_kind(config.training.sync, policy.device.type, is_lora=config.model.lora is not None)
 
 
 def _follow(config: RunConfig) -> None:
-    """A rank that only trains: same policy, same steps, no engine, no run folder of its own."""
-    from rft.trainers.grpo import train
-
-    accelerator, policy = load_policy(config)
-    step = _restore(_latest_checkpoint(None, accelerator), policy)
-    train(config, policy, accelerator, None, step + 1)
+    """A rank that only trains: same policy, no engine, no run folder, no story of its own."""
+    policy = load_policy(config)
+    policy.ranks.follow(policy)

@@ -27,7 +27,7 @@ def train(policy, seed):
 
 def state(policy):
     moments = [value for entry in policy.optimizer.state_dict()["state"].values() for value in entry.values()]
-    return [parameter.detach().clone() for parameter in policy.parameters] + moments
+    return [parameter.detach().clone() for parameter in policy.weights.parameters] + moments
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
@@ -103,7 +103,7 @@ def test_a_full_disk_names_the_folder_and_spares_the_rest(two_checkpoints):
     class FullDisk:
         """A policy whose adapter does not fit on the disk any more."""
 
-        def save_adapter(self, path):
+        def save_weights(self, path):
             (path / "adapter_model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

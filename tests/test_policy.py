@@ -26,7 +26,8 @@ from rft.config import LoraConfig, ModelConfig, TrainingConfig
 from rft.errors import ConfigError, UserError
 from rft.trainers.attention import block_mask
 from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens, weigh
-from rft.trainers.policy import Policy, build_accelerator
+from rft.trainers.policy import Policy
+from rft.trainers.ranks import build_accelerator
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
@@ -66,7 +67,7 @@ def make_policy(path: Path, dtype: str = "float32", lora: LoraConfig | None = No
     model = ModelConfig(path=path, dtype=dtype, lora=lora or LoraConfig(rank=4, alpha=8))
     policy = Policy(model, TrainingConfig(**options), 0.8, build_accelerator(seed=0), seed=0)
     with torch.no_grad():  # B = 0 would leave A without a gradient and the adapter without a trace
-        for index, parameter in enumerate(policy.parameters):
+        for index, parameter in enumerate(policy.weights.parameters):
             torch.manual_seed(index)
             parameter.add_(0.05 * torch.randn_like(parameter))
     return policy
@@ -76,8 +77,8 @@ def gradients(policy: Policy, batches: list[MicroBatch]) -> torch.Tensor:
     """The gradient of one window as a vector, through the policy's own accumulation."""
     policy.optimizer.zero_grad()
     for batch in batches:
-        policy._backward(batch, is_last=True)
-    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+        policy._backward(batch)
+    return torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
@@ -108,10 +109,10 @@ def test_logprobs_and_gradients_are_those_of_plain_autograd(tmp_path, kind, sync
     ratio = (expected - batch.sampled_logprobs).exp()
     clipped = ratio.clamp(0.8, 1.28)
     (-torch.min(ratio * batch.advantages, clipped * batch.advantages).sum() / batch.num_tokens).backward()
-    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
     assert (policy.logprobs(batch) - expected).abs().max() < 2e-5
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
-    assert all(parameter.grad is None for parameter in policy.model.parameters() if not parameter.requires_grad)
+    assert all(parameter.grad is None for parameter in policy.weights.model.parameters() if not parameter.requires_grad)
 
 
 def test_merged_and_adapter_numerics_agree(tmp_path):
@@ -128,8 +129,8 @@ def test_merged_state_dict_is_a_model_folder(tmp_path, kind):
     policy = make_policy(model_folder(tmp_path, kind))
     groups = [random_group(0)]
     policy.step(build_micro_batches(groups, values(groups), 10_000, "packed"), 100)
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    merged = policy.merged_state_dict()
+    before = {name: value.clone() for name, value in policy.weights.model.state_dict().items()}
+    merged = policy.full_state_dict()
     attention = policy.causal_lm.config._attn_implementation.replace("rft_chains", "sdpa")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32, attn_implementation=attention)
     saved.load_state_dict(merged, strict=False)
@@ -139,7 +140,7 @@ def test_merged_state_dict_is_a_model_folder(tmp_path, kind):
     logprobs = torch.log_softmax(saved.eval()(torch.tensor([ids])).logits[0].float(), -1)
     expected = [logprobs[i - 1, ids[i]].item() for i in range(5, len(ids))]
     assert policy.score(ids, 5) == pytest.approx(expected, abs=2e-5)
-    after = policy.model.state_dict()
+    after = policy.weights.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
@@ -149,17 +150,17 @@ def test_merged_state_dict_in_bfloat16_is_rounded_once(tmp_path):
     a, b, scale = layer.factors
     assert a.dtype == b.dtype == torch.float32 and scale == 2.0
     expected = (layer.base_layer.weight.float() + scale * (b @ a)).to(torch.bfloat16)
-    assert torch.equal(policy.merged_state_dict()["model.layers.0.mlp.up_proj.weight"], expected)
+    assert torch.equal(policy.full_state_dict()["model.layers.0.mlp.up_proj.weight"], expected)
 
 
 def test_a_snapshot_of_merged_weights_survives_the_next_step(tmp_path):
     policy = make_policy(model_folder(tmp_path))
     groups = [random_group(0)]
     batches = build_micro_batches(groups, values(groups), 10_000, "packed")
-    first = policy.merged_state_dict()
+    first = policy.full_state_dict()
     copy = {name: value.clone() for name, value in first.items()}
     policy.step(batches, count_tokens(batches))
-    second = policy.merged_state_dict()
+    second = policy.full_state_dict()
     assert all(torch.equal(first[name], value) for name, value in copy.items())
     assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], second["model.layers.0.mlp.up_proj.weight"])
 
@@ -189,11 +190,11 @@ def test_equal_grades_leave_the_weights_alone(tmp_path):
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     policy = make_policy(model_folder(tmp_path), schedule="linear")
     (batch,) = build_micro_batches([random_group(0)], [torch.linspace(-1, 1, 8)], 10_000, "packed")
-    before = [parameter.detach().clone() for parameter in policy.parameters]
+    before = [parameter.detach().clone() for parameter in policy.weights.parameters]
     bad = replace(batch, advantages=batch.advantages * float("inf"))
     stats = policy.step([bad], batch.num_tokens)
     assert stats.is_skipped
-    assert all(torch.equal(one, other) for one, other in zip(before, policy.parameters, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, policy.weights.parameters, strict=True))
     assert not policy.step([batch], batch.num_tokens).is_skipped
     assert policy.scheduler.get_last_lr() == [pytest.approx(1e-2 * 3 / 4)]
 
@@ -263,7 +264,7 @@ def test_adapters_leave_the_head_alone(tmp_path):
     policy = make_policy(model_folder(tmp_path, "qwen2"))
     adapted = {name for name, module in policy.causal_lm.named_modules() if hasattr(module, "lora_A")}
     assert len(adapted) == 2 * 7 and "lm_head" not in adapted
-    assert policy.trainable_parameters == sum(parameter.numel() for parameter in policy.parameters) > 0
+    assert policy.trainable_parameters == sum(parameter.numel() for parameter in policy.weights.parameters) > 0
 
 
 _RANK = """
@@ -278,10 +279,10 @@ torch.set_num_threads(1)
 policy = make_policy(Path(sys.argv[1]))
 groups = [random_group(seed) for seed in range(3)]
 batches = build_micro_batches(groups, values(groups), 10_000, "packed")
-rank = policy.accelerator.process_index
-stats = policy.step(split_over_ranks(batches, policy.accelerator.num_processes)[rank], count_tokens(batches))
-if rank == 0:
-    torch.save({"weights": [p.detach() for p in policy.parameters], "loss": stats.loss, "norm": stats.grad_norm,
+shares = split_over_ranks(batches, policy.ranks.num)
+stats = policy.step(shares[policy.ranks.index], count_tokens(batches))
+if policy.ranks.leads:
+    torch.save({"weights": [p.detach() for p in policy.weights.parameters], "loss": stats.loss, "norm": stats.grad_norm,
                 "entropy": stats.entropy, "gap": stats.max_logprob_gap}, sys.argv[3])
 """
 
@@ -305,7 +306,7 @@ def test_the_reference_is_the_model_without_its_adapter(tmp_path, sync):
     policy = make_policy(path, sync=sync, kl_coef=0.5)
     (batch,) = build_micro_batches([random_group(0)], values([random_group(0)]), 10_000, "packed")
     plain = make_policy(path, sync=sync)
-    for parameter in plain.parameters:
+    for parameter in plain.weights.parameters:
         parameter.data.zero_()
     assert torch.allclose(policy._reference(batch), plain.logprobs(batch), atol=1e-6)
     assert not torch.allclose(policy._reference(batch), policy.logprobs(batch), atol=1e-3)
@@ -323,7 +324,7 @@ def test_the_step_does_not_depend_on_ranks_or_splits(tmp_path):
         policy = make_policy(path)
         batches = build_micro_batches(groups, values(groups), limit, "packed")
         stats = policy.step(batches, count_tokens(batches))
-        results.append((stats.loss, stats.grad_norm, [parameter.detach() for parameter in policy.parameters]))
+        results.append((stats.loss, stats.grad_norm, [parameter.detach() for parameter in policy.weights.parameters]))
     script, output = tmp_path / "rank.py", tmp_path / "two_ranks.pt"
     script.write_text(_RANK)
     with socket.socket() as free:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rft.config import ModelConfig, TransformersEngineConfig
-from rft.engines import PublishedWeights
+from rft.engines import PublishedWeights, sync_kind
 from rft.engines.pool import EnginePool
 from rft.engines.transformers import TransformersEngine
 from rft.errors import StorageError, SyncError
@@ -46,10 +46,10 @@ class PlainPolicy:
         scores: list[float] = logprobs.gather(-1, torch.tensor(ids)[1:, None])[start - 1 :, 0].tolist()
         return scores
 
-    def merged_state_dict(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
 
-    def save_adapter(self, path: Path) -> None:
+    def save_weights(self, path: Path) -> None:
         path.mkdir()
         (path / "adapter_config.json").write_text("{}")
 
@@ -78,7 +78,7 @@ def rig(folder: Path, tmp_path: Path) -> Iterator[Rig]:
     engine = TransformersEngine(TransformersEngineConfig(max_model_len=128), ModelConfig(path=folder, dtype="float32"))
     with asyncio.Runner() as runner:
         runner.run(engine.start())
-        yield Rig(runner, engine, PlainPolicy(folder), Sync("merged", tmp_path / "weights", folder, "cpu", "float32"))
+        yield Rig(runner, engine, PlainPolicy(folder), Sync("merged", tmp_path / "weights", folder, "float32"))
         runner.run(engine.close())
 
 
@@ -99,7 +99,7 @@ def test_wrong_weights_are_found_by_the_gap(rig: Rig) -> None:
 
 @pytest.mark.parametrize("size", [0.003, 0.3])
 def test_one_lost_sync_is_found_however_small_the_step(rig: Rig, folder: Path, size: float) -> None:
-    sync = Sync("merged", rig.sync._folder, folder, "cpu", "bfloat16")  # the bound for bfloat16 cannot see the step
+    sync = Sync("merged", rig.sync._folder, folder, "bfloat16")  # the bound for bfloat16 cannot see the step
     rig.sync = sync
     rig.probe()
     rig.policy.move(size)
@@ -167,7 +167,7 @@ def test_failed_write_leaves_the_old_version(rig: Rig) -> None:
     def fail() -> Any:
         raise OSError(28, "No space left on device")
 
-    rig.policy.merged_state_dict = fail  # type: ignore[method-assign]
+    rig.policy.full_state_dict = fail  # type: ignore[method-assign]
     with pytest.raises(StorageError, match=r"No space left(.|\n)*cure"):
         rig.sync.publish(rig.policy, 1)
     assert [path.name for path in rig.sync._folder.iterdir()] == ["v000001"]
@@ -184,6 +184,6 @@ def test_failed_write_leaves_the_old_version(rig: Rig) -> None:
     ],
 )
 def test_how_weights_travel(rig: Rig, tmp_path: Path, folder: Path, mode: Kind, device: str, kind: str) -> None:
-    weights = Sync(mode, tmp_path / "out", folder, device).publish(rig.policy, 4)
+    weights = Sync(sync_kind(mode, device), tmp_path / "out", folder).publish(rig.policy, 4)
     assert weights.kind == kind
     assert (weights.path / "adapter_config.json").exists() == (kind == "adapter")

@@ -1,9 +1,9 @@
 """Checkpoints: everything a bit-exact resume needs, in one folder that is either whole or invisible.
 
-checkpoints/step_000012/ holds the adapter as a peft folder, trainer.pt (optimizer, schedule, random states, step),
-extra.json (what the caller wants back) and MANIFEST (sha256 of every other file, written last). A folder is written
-under a temporary name, synced to disk and renamed. With several ranks one of them saves and all of them load; the
-random states are the saving rank's.
+checkpoints/step_000012/ holds what is trained (a peft folder, or model.safetensors of a whole model), trainer.pt
+(optimizer, schedule, random states, step), extra.json (what the caller wants back) and MANIFEST (sha256 of every other
+file, written last). A folder is written under a temporary name, synced to disk and renamed. With several ranks rank 0
+saves and loads, the others take part where weights are sharded; the random states are its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from rft.errors import StorageError
+from rft.errors import StorageError, UserError
 from rft.trainers.policy import Policy
 
 _NAME = re.compile(r"step_(\d{6,})")
 _MANIFEST = "MANIFEST"
+_STATE = "trainer.pt"
 
 
 def save(directory: Path, step: int, policy: Policy, extra: dict[str, Any]) -> Path:
@@ -58,17 +60,29 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
 
     Verifies every file first. Raises StorageError that names a corrupt checkpoint and the one before it.
     """
-    problem = _problem(path)
-    if problem:
-        earlier = [other for other in _complete(path.parent) if _step(other) < (_step(path) or 0)]
-        cure = f"resume from {earlier[-1]}" if earlier else "start the run anew: there is no earlier checkpoint"
-        raise StorageError(f"checkpoint {path} is corrupt: {problem}", cure=cure)
-    state = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    policy.load_adapter(path)
-    policy.optimizer.load_state_dict(state["optimizer"])
-    policy.scheduler.load_state_dict(state["scheduler"])
+    _verify(path)
+    state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    policy.load_weights(path)
+    policy.load_training_state(path / _STATE)
     _set_random_states(state["random"])
     return {**json.loads((path / "extra.json").read_text(encoding="utf-8")), "step": state["step"]}
+
+
+def load_weights(path: Path, policy: Policy) -> None:
+    """Only what was trained: for a run that starts where another one ended. Raises as `load` does, UserError too."""
+    _verify(path)
+    policy.load_weights(path)
+
+
+def find(place: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest one of a run folder. Raises UserError without one."""
+    if (place / _MANIFEST).is_file():
+        return place
+    found = latest(place / "checkpoints")
+    if found is None:
+        cure = "name a run folder that has a checkpoint, or a folder checkpoints/step_NNNNNN in one"
+        raise UserError("there is no complete checkpoint", where=str(place), cure=cure)
+    return found
 
 
 def latest(directory: Path) -> Path | None:
@@ -77,23 +91,21 @@ def latest(directory: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what interrupted saves of any process left."""
+def prune(directory: Path, keep: int, best: Collection[int] = ()) -> None:
+    """Delete all but the `keep` newest complete checkpoints and those of the steps `best`.
+
+    What interrupted saves of any process left goes too.
+    """
     for old in _complete(directory)[:-keep]:
-        shutil.rmtree(old)
+        if _step(old) not in best:
+            shutil.rmtree(old)
     for left_over in directory.glob(".step_*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, policy: Policy, extra: dict[str, Any]) -> None:
-    policy.save_adapter(folder)
-    state = {
-        "step": step,
-        "optimizer": policy.optimizer.state_dict(),
-        "scheduler": policy.scheduler.state_dict(),
-        "random": _random_states(),
-    }
-    torch.save(state, folder / "trainer.pt")
+    policy.save_weights(folder)
+    torch.save({"step": step, **policy.training_state(), "random": _random_states()}, folder / _STATE)
     (folder / "extra.json").write_text(json.dumps(extra), encoding="utf-8")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = [f"{_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
@@ -102,6 +114,15 @@ def _write(folder: Path, step: int, policy: Policy, extra: dict[str, Any]) -> No
     (folder / _MANIFEST).write_text("".join(lines), encoding="utf-8")
     _sync(folder / _MANIFEST)
     _sync(folder)
+
+
+def _verify(path: Path) -> None:
+    """Raises StorageError that names a corrupt checkpoint and the one before it."""
+    problem = _problem(path)
+    if problem:
+        earlier = [other for other in _complete(path.parent) if _step(other) < (_step(path) or 0)]
+        cure = f"remove it to resume from {earlier[-1]}" if earlier else "start anew: there is no earlier checkpoint"
+        raise StorageError(f"checkpoint {path} is corrupt: {problem}", cure=cure)
 
 
 def _problem(path: Path) -> str:

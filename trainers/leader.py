@@ -52,6 +52,12 @@ class Leader:
     def evaluate(self, split: Split, step: int) -> None:
         """How good the policy is on a split."""
 
+    def best_steps(self, count: int) -> set[int]:
+        """The steps with the highest validation grades; of equal ones the later."""
+        rows = [row for row in self.store.metrics() if row.get("kind") == "evaluation" and row["split"] == "validation"]
+        graded = sorted((row["grade"], row["step"]) for row in rows if row.get("grade") is not None)
+        return {step for _, step in graded[len(graded) - count :]} if count else set()
+
     def record(self, step: int, groups: list[Group], update: dict[str, float], clock: Clock) -> None:
         """The step's row in the metrics, the state, and the line that a person follows."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
@@ -83,7 +89,7 @@ class SamplingLeader(Leader):
         """Bring the engine to the policy's version and measure where the run starts."""
         prompts = [self.first_prompt(item) for item in self.sampling.items["train"][:_PROBE_SEQUENCES]]
         run = self.sampling.watchdog.run
-        if first_step > 1:
+        if first_step > 1 or self.config.model.init_from is not None:
             run(self.engine.load(self.sync.publish(policy, first_step - 1)))
         run(self.sync.probe(policy, self.engine, prompts))
         due = first_step == 1 or (first_step - 1) % self.config.evaluation.every == 0

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rft.engines import Engine, PublishedWeights, sync_kind
+from rft.engines import Engine, PublishedWeights
 from rft.engines.pool import EnginePool
 from rft.errors import StorageError, SyncError
 
@@ -43,9 +43,9 @@ class PublishedPolicy(Protocol):
 
     def score(self, ids: list[int], start: int) -> list[float]: ...
 
-    def merged_state_dict(self) -> dict[str, Tensor]: ...
+    def full_state_dict(self) -> dict[str, Tensor]: ...
 
-    def save_adapter(self, path: Path) -> None: ...
+    def save_weights(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +69,24 @@ class _Scores:
 class Sync:
     """Publishes into `folder`. `base` is the model folder whose config and tokenizer files go with merged weights.
 
+    kind: `adapter` publishes what `Policy.save_weights` writes, `merged` a whole model folder.
     dtype: the coarser of the engine's and the trainer's; it sets how large a gap is still rounding.
     """
 
     def __init__(
         self,
-        mode: Literal["auto", "adapter", "merged"],
+        kind: Literal["adapter", "merged"],
         folder: Path,
         base: Path,
-        device_type: str,
         dtype: DType = "bfloat16",
     ) -> None:
-        self.kind = sync_kind(mode, device_type)
+        self.kind = kind
         self._folder, self._base, self._dtype = folder, base, dtype
         self._canaries: dict[int, _Scores] = {}  # by engine
 
     def publish(self, policy: PublishedPolicy, version: int) -> PublishedWeights:
         """Write the weights as `folder/v000012`. Raises StorageError when the disk refuses."""
-        write = policy.save_adapter if self.kind == "adapter" else lambda path: self._write_merged(policy, path)
+        write = policy.save_weights if self.kind == "adapter" else lambda path: self._write_merged(policy, path)
         path = self._folder / f"v{version:06d}"
         try:
             _replace(path, write)
@@ -105,7 +105,7 @@ class Sync:
 
     def _write_merged(self, policy: PublishedPolicy, path: Path) -> None:
         path.mkdir()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.merged_state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.full_state_dict().items()}
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         for pattern in _COPIED:
             for file in self._base.glob(pattern):

@@ -39,7 +39,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeights:
-    """Weights on disk that an engine can load: a full model folder (`merged`) or a peft folder (`adapter`)."""
+    """Weights on disk that an engine can load: a whole model's folder (`merged`) or a peft folder (`adapter`)."""
 
     version: int
     path: Path
@@ -82,13 +82,18 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-def sync_kind(mode: Literal["auto", "adapter", "merged"], device_type: str = "") -> Literal["adapter", "merged"]:
-    """How weights travel: `auto` is adapters on CUDA, merged weights elsewhere (vLLM's CPU adapters are slow).
+def sync_kind(
+    mode: Literal["auto", "adapter", "merged", "reload"], device_type: str = "", *, is_lora: bool = True
+) -> Literal["adapter", "merged"]:
+    """How weights travel. `auto` is adapters on CUDA, merged weights elsewhere (vLLM's CPU adapters are slow).
 
+    The whole model travels as merged weights do: as a model folder that is reloaded.
     device_type: where the policy is; empty asks torch whether there is a GPU.
     """
-    if mode != "auto":
-        return mode
+    if not is_lora:
+        return "merged"
+    if mode in ("adapter", "merged"):
+        return "adapter" if mode == "adapter" else "merged"
     if not device_type:
         import torch
 
@@ -102,7 +107,8 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
         from rft.engines.pool import EnginePool
         from rft.engines.vllm import VllmEngine
 
-        rank = config.model.lora.rank if sync_kind(config.training.sync) == "adapter" else None
+        lora = config.model.lora
+        rank = lora.rank if lora is not None and sync_kind(config.training.sync) == "adapter" else None
         urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
         engines = [VllmEngine(config.engine, config.model, log_path, rank, url=url) for url in urls]
         return engines[0] if len(engines) == 1 else EnginePool(engines)
