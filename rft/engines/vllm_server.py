@@ -70,6 +70,7 @@ def server_command(
         "--logprobs-mode": "processed_logprobs",  # after the temperature, over the full vocabulary
         "--generation-config": "vllm",  # the model folder must not bring a top-p of its own
         "--uvicorn-log-level": "warning",
+        "--worker-extension-cls": "rft.engines.vllm_worker.HeadRefresh",
     }
     switches = ["--enable-prefix-caching", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
     if is_cpu:
