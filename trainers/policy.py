@@ -115,6 +115,8 @@ class Policy:
         self.layout: Layout | None = "plain" if training.batch == "plain" else None  # None: not yet checked
         self.max_tokens = training.max_tokens_per_micro_batch  # lowered when memory does not suffice
         is_lora = model.lora is not None
+        # the loss is a sum over ranks; gradients of shards come averaged over them
+        self._loss_scale = self.ranks.num if self.is_sharded and not is_lora else 1
         is_merged = sync_kind(training.sync, self.device.type, is_lora=is_lora) == "merged" and not self.is_sharded
         dtype: torch.dtype = getattr(torch, model.dtype)
         # a shard is its own master: it is stepped as it is stored, and cast when it is gathered
@@ -334,8 +336,7 @@ class Policy:
             reference,
         )
         loss, stats = policy_loss(self.objective, tokens)
-        # the loss is a sum over ranks; gradients of shards come averaged over them
-        (loss * (self.ranks.num if self.is_sharded else 1)).backward()
+        (loss * self._loss_scale).backward()
         return [
             loss.item(),
             *_sums(stats),
