@@ -200,7 +200,7 @@ class SmallMemory(torch.nn.Module):
         super().__init__()
         self.scorer, self.limit = scorer, limit
 
-    def forward(self, batch: MicroBatch, temperature: float):
+    def forward(self, batch: MicroBatch, temperature: float, with_entropy_grad: bool = False):
         result = self.scorer(batch, temperature)
         if batch.num_row_tokens > self.limit:
             raise torch.OutOfMemoryError("out of memory")

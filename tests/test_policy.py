@@ -96,19 +96,23 @@ def test_packed_equals_plain(tmp_path, kind):
         assert (other_gradient - gradient).norm() / gradient.norm() < 1e-5
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite"])
-def test_logprobs_and_gradients_are_those_of_plain_autograd(tmp_path, kind, sync):
+def test_logprobs_and_gradients_are_those_of_plain_autograd(tmp_path, kind, sync, entropy_coef):
     """Against transformers' own logits and torch's own autograd, nothing of ours in between."""
-    policy = make_policy(model_folder(tmp_path, kind), sync=sync)
+    policy = make_policy(model_folder(tmp_path, kind), sync=sync, entropy_coef=entropy_coef)
     (batch,) = build_micro_batches([random_group(2)], [torch.linspace(-1, 1, 8)], 10_000, "plain")
     ours = gradients(policy, [batch])
     policy.optimizer.zero_grad()
     logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predictors] / 0.8
-    expected = torch.log_softmax(logits.float(), -1)[batch.predictor_index, batch.targets]
+    logs = torch.log_softmax(logits.float(), -1)
+    expected = logs[batch.predictor_index, batch.targets]
     ratio = (expected - batch.sampled_logprobs).exp()
     clipped = ratio.clamp(0.8, 1.28)
-    (-torch.min(ratio * batch.advantages, clipped * batch.advantages).sum() / batch.num_tokens).backward()
+    entropies = -(logs.exp() * logs).sum(-1)[batch.predictor_index]
+    per_token = torch.min(ratio * batch.advantages, clipped * batch.advantages) + entropy_coef * entropies
+    (-per_token.sum() / batch.num_tokens).backward()
     theirs = torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
     assert (policy.logprobs(batch) - expected).abs().max() < 2e-5
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
@@ -178,6 +182,15 @@ def test_steps_raise_what_was_rewarded(tmp_path, dtype):
     assert stats[2].mean_logprob_gap > 1e-4 and 0 < stats[0].entropy < 4.2 and not stats[0].is_skipped
     rewarded = batch.rollout_index == 0
     assert (policy.logprobs(batch) - before)[rewarded].mean() > 0.01
+
+
+def test_the_entropy_bonus_raises_the_entropy(tmp_path):
+    policy = make_policy(model_folder(tmp_path), entropy_coef=0.1)
+    (batch,) = build_micro_batches([random_group(0)], [torch.zeros(8)], 10_000, "packed")
+    stats = [policy.step([batch], batch.num_tokens) for _ in range(3)]
+    assert stats[0].entropy < stats[1].entropy < stats[2].entropy
+    entropies = policy._scorer(batch, 0.8)[1][batch.predictor_index]  # of the tokens, not of the distinct positions
+    assert policy.step([batch], batch.num_tokens).loss == pytest.approx(-0.1 * entropies.mean().item(), rel=1e-5)
 
 
 def test_equal_grades_leave_the_weights_alone(tmp_path):
@@ -287,9 +300,13 @@ if policy.ranks.leads:
 """
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss):
-    policy = make_policy(model_folder(tmp_path), loss=loss, kl_coef=0.1)
+@pytest.mark.parametrize(
+    ("loss", "staleness"),
+    [("grpo", 0), ("dapo", 0), ("dr_grpo", 0), ("gspo", 0), ("cispo", 0), ("dapo", 1), ("gspo", 1)],
+)
+def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss, staleness):
+    policy = make_policy(model_folder(tmp_path), loss=loss, kl_coef=0.1, entropy_coef=0.1, staleness=staleness)
+    assert policy.objective.importance_cap == (2.0 if staleness else None)
     groups = [random_group(seed) for seed in range(3)]
     found = []
     for layout, limit in [("packed", 10_000), ("packed", 50), ("plain", 10_000)]:

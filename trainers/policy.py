@@ -82,13 +82,16 @@ class _Scorer(nn.Module):
         self.causal_lm = causal_lm
         self.head = find_head(causal_lm)
 
-    def forward(self, micro_batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, micro_batch: MicroBatch, temperature: float, with_entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         inputs = attention_inputs(self.causal_lm, micro_batch)
         output = decoder(self.causal_lm)(
             input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, use_cache=False, **inputs
         )
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, micro_batch.predictors)
-        return token_logprobs(self.head, hidden, micro_batch.predictor_index, micro_batch.targets, temperature)
+        index, targets = micro_batch.predictor_index, micro_batch.targets
+        return token_logprobs(self.head, hidden, index, targets, temperature, with_entropy_grad)
 
 
 class Policy:
@@ -107,7 +110,9 @@ class Policy:
             clip_high=training.clip_high,
             max_ratio=training.max_ratio,
             cispo_max_ratio=training.cispo_max_ratio,
+            importance_cap=training.effective_importance_cap,
             kl_coef=training.kl_coef,
+            entropy_coef=training.entropy_coef,
         )
         self.ranks = Ranks(accelerator)
         self.device = self.ranks.device
@@ -326,7 +331,8 @@ class Policy:
     def _backward(self, micro_batch: MicroBatch) -> list[float]:
         """Accumulate one micro-batch's gradient; returns its share of the step's statistics as sums."""
         reference = self._reference(micro_batch) if self.objective.kl_coef else None
-        logprobs, entropies = self._scorer(micro_batch, self.temperature)
+        has_bonus = self.objective.entropy_coef > 0
+        logprobs, entropies = self._scorer(micro_batch, self.temperature, has_bonus)
         tokens = Tokens(
             logprobs,
             micro_batch.sampled_logprobs,
@@ -334,6 +340,7 @@ class Policy:
             micro_batch.weights,
             micro_batch.sequence_index,
             reference,
+            entropies[micro_batch.predictor_index] if has_bonus else None,
         )
         loss, stats = policy_loss(self.objective, tokens)
         (loss * self._loss_scale).backward()
