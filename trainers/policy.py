@@ -166,10 +166,12 @@ class Policy:
         return sum(parameter.numel() for parameter in self.weights.parameters)
 
     def micro_batches(self, groups: list[Group], advantages: list[Tensor]) -> list[MicroBatch]:
-        """The groups as micro-batches in the layout this policy uses, checked on the first group ever given."""
+        """The groups as micro-batches for all ranks, in this policy's layout, which is checked on its first group."""
         if self.layout is None and groups:
             self.check_packed(groups[0])
-        micro_batches = build_micro_batches(groups, advantages, self.max_tokens, self.layout or "packed")
+        micro_batches = build_micro_batches(
+            groups, advantages, self.max_tokens, self.layout or "packed", self.ranks.num
+        )
         window = attention_window(self.causal_lm)
         longest = max((int(micro_batch.position_ids.max()) + 1 for micro_batch in micro_batches), default=0)
         if self.layout == "packed" and window is not None and longest > window:
