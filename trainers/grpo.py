@@ -84,7 +84,7 @@ def _window(config: RunConfig, policy: Policy, groups: list[Group]) -> Window:
         advantages(torch.tensor(scores), training.advantage_scale, group.round_sizes, training.baseline)
         for group, scores in useful
     ]
-    micro_batches = policy.micro_batches([group for group, _ in useful], found, num_ranks)
+    micro_batches = policy.micro_batches([group for group, _ in useful], found)
     micro_batches = weigh(micro_batches, training.loss, config.rollout.max_sampled_tokens)
     rollout_ids = [rollout.id for group, _ in useful for rollout in group.rollouts]
     return Window(split_over_ranks(micro_batches, policy.ranks.num), count_tokens(micro_batches), rollout_ids)

@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 ROW_COST = 32  # what another row costs beyond its tokens, in tokens: kernel launches, weights read once more
 _ROUNDS = 3  # how many numbers of rows per rank are tried, from the smallest possible
-_SLACK = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)  # row limits that are tried, over the mean row
+_SLACK = tuple(1 + percent / 100 for percent in range(0, 50, 3))  # row limits that are tried, over the mean row
 
 
 def lexicographic(paths: list[Ints]) -> list[int]:
@@ -82,7 +82,8 @@ class _Tries:
             return [max_tokens]
         rounds = -(-self.before[-1] // (max_tokens * num_ranks))
         means = [self.before[-1] / (num_ranks * count) for count in range(rounds, rounds + _ROUNDS)]
-        return [max_tokens] + [min(max_tokens, int(mean * slack) + 1) for mean in means for slack in _SLACK]
+        wanted = {min(max_tokens, int(mean * slack) + 1) for mean in means for slack in _SLACK}
+        return sorted({max_tokens} | wanted, reverse=True)
 
     def cut(self, limit: int, num_ranks: int) -> list[int]:
         """The plan with the fewest tokens (a row counts as ROW_COST more), then split on until it suits the ranks."""
