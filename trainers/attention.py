@@ -128,13 +128,13 @@ def _chains_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, H_kv, T, D]
-    value: Tensor,  # [1, H_kv, T, D]
+    value: Tensor,  # [1, H_kv, T, D_v]
     attention_mask: Tensor | None,
     chains: Chains | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface -> [1, T, H, D]; without `chains` it is transformers' SDPA."""
+    """transformers' attention interface -> [1, T, H, D_v]; without `chains` it is transformers' SDPA."""
     if chains is None:
         kwargs["scaling"] = scaling
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -147,20 +147,20 @@ def _chains_attention(
 class _TrieAttention(torch.autograd.Function):
     """For every chain: softmax(scale * q k^T + future) v over its path, the softmax in float32.
 
-    query: [H, T, D]; key, value: [G, T, D], each shared by H / G query heads -> [T, H, D]. What is kept for the
-    backward pass has the row's length: the probabilities ([H, n, m]) and the chains' own copies of their paths are
+    query: [H, T, D]; key: [G, T, D]; value: [G, T, D_v], each shared by H / G query heads -> [T, H, D_v]. What is kept
+    for the backward pass has the row's length: the probabilities ([H, n, m]) and the chains' own copies of their paths are
     made again, so that memory does not depend on how the row branches.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, chains: Chains, scale: float) -> Tensor:
-        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
         for spans, length in zip(chains.keys, chains.lengths, strict=True):
             end = spans[-1][1]
             k, v = _gather(key, spans), _gather(value, spans)
             q = query[:, end - length : end].reshape(k.shape[0], -1, k.shape[2])
             found = torch.bmm(_probabilities(q, k, chains.future, length, scale).to(v.dtype), v)
-            output[end - length : end] = found.view(-1, length, k.shape[2]).transpose(0, 1)
+            output[end - length : end] = found.view(-1, length, v.shape[2]).transpose(0, 1)
         ctx.save_for_backward(query, key, value, output)
         ctx.chains, ctx.scale = chains, scale
         return output
@@ -174,11 +174,12 @@ class _TrieAttention(torch.autograd.Function):
         for spans, length in zip(chains.keys, chains.lengths, strict=True):
             own = slice(spans[-1][1] - length, spans[-1][1])
             k, v = _gather(key, spans), _gather(value, spans)
-            shape = (k.shape[0], -1, k.shape[2])  # the query heads of one key head, below each other
-            q, grad = query[:, own].reshape(shape), outputs[0][own].transpose(0, 1).reshape(shape)
+            # the query heads of one key head, below each other
+            q = query[:, own].reshape(k.shape[0], -1, k.shape[2])
+            grad, out = (x[own].transpose(0, 1).reshape(k.shape[0], -1, v.shape[2]) for x in (outputs[0], output))
             probabilities = _probabilities(q, k, chains.future, length, scale)
             _scatter(grad_value, torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grad), spans)
-            mean = (grad.float() * output[own].transpose(0, 1).reshape(shape).float()).sum(-1, keepdim=True)
+            mean = (grad.float() * out.float()).sum(-1, keepdim=True)
             scores = torch.bmm(grad, v.transpose(1, 2)).float().sub_(mean).mul_(probabilities).mul_(scale).to(k.dtype)
             grad_query[:, own] = torch.bmm(scores, k).view(-1, length, k.shape[2])
             _scatter(grad_key, torch.bmm(scores.transpose(1, 2), q), spans)
