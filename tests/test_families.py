@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from test_batch import group, random_group, turn, values
 from test_chat import an_item, spell
+from test_engines import vllm_engine
+from test_job import a_tree
+from test_policy import gradients
 from transformers import AutoModelForCausalLM
 
 from rft.chat import Chat, tool_message
-from rft.config import LoraConfig, ModelConfig, TrainingConfig
-from rft.errors import UserError
+from rft.config import LoraConfig, ModelConfig, TrainingConfig, TransformersEngineConfig, validate_config
+from rft.engines import Engine
+from rft.engines.transformers import TransformersEngine
+from rft.errors import ConfigError, UserError
+from rft.export import export, find_checkpoint
+from rft.job import run_job
+from rft.trainers.batch import build_micro_batches
 from rft.trainers.policy import Policy, build_accelerator
+from rft.trainers.sync import Sync
 from rft.types import Message, ToolResult
-from tests.families import FAMILIES, family_folder, family_tokenizer
+from tests.families import EXPERTS, FAMILIES, family_folder, family_tokenizer, multimodal_folder
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
@@ -140,3 +154,202 @@ def with_template(name: str, path: Path) -> Path:
         )
         (path / "chat_template.jinja").write_text(text + "{% if add_generation_prompt %}assistant:{% endif %}")
     return path
+
+
+# --- batch and loss
+
+
+@matrix
+def test_packed_equals_plain_or_is_refused_loudly(folders, caplog, name: str, mode: str) -> None:
+    family, policy = FAMILIES[name], a_policy(folders[name], mode)
+    if family.warning:
+        assert re.search(family.warning, caplog.text)
+    else:
+        assert not caplog.records
+    groups = [random_group(0), random_group(1, num_rollouts=5)]
+    caplog.clear()
+    layouts = {batch.layout for batch in policy.micro_batches(groups, values(groups))}
+    assert layouts == {"packed" if family.is_packed else "plain"}
+    assert family.is_packed == (not caplog.records) and family.is_packed == ("slower" not in caplog.text)
+    results = []
+    for layout, limit in (("plain", 10_000), ("plain", 150), *([("packed", 10_000)] * family.is_packed)):
+        batches = build_micro_batches(groups, values(groups), limit, layout)
+        results.append((policy._in_order(batches), gradients(policy, batches)))
+    logprobs, gradient = results[0]
+    for other_logprobs, other_gradient in results[1:]:
+        assert (other_logprobs - logprobs).abs().max() < 2e-5
+        assert (other_gradient - gradient).norm() / gradient.norm() < 1e-5
+
+
+@matrix
+def test_the_loss_is_that_of_transformers_and_autograd(folders, name: str, mode: str) -> None:
+    policy = a_policy(folders[name], mode)
+    (batch,) = build_micro_batches([random_group(2)], [torch.linspace(-1, 1, 8)], 10_000, "plain")
+    ours = gradients(policy, [batch])
+    policy.optimizer.zero_grad()
+    logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predictors] / 0.8
+    expected = torch.log_softmax(logits.float(), -1)[batch.predictor_index, batch.targets]
+    ratio = (expected - batch.sampled_logprobs).exp()
+    gain = torch.min(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
+    (-gain.sum() / batch.num_tokens).backward()
+    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    assert (policy.logprobs(batch) - expected).abs().max() < 2e-5
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@matrix
+def test_a_step_raises_what_was_rewarded(folders, name: str, mode: str) -> None:
+    policy = a_policy(folders[name], mode)
+    layout = "packed" if FAMILIES[name].is_packed else "plain"
+    (batch,) = build_micro_batches([random_group(0)], [torch.tensor([1.0] + [0.0] * 7)], 10_000, layout)
+    before = policy.logprobs(batch)
+    stats = policy.step([replace(batch, sampled_logprobs=before)], batch.num_tokens)
+    assert not stats.is_skipped and stats.grad_norm > 0 and stats.mean_logprob_gap < 1e-6
+    assert (policy.logprobs(batch) - before)[batch.rollout_index == 0].mean() > 0.01
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_sequences_that_outgrow_a_window_are_noticed(tmp_path: Path, caplog, name: str) -> None:
+    """In Gemma 3 only some layers have one: the others must not hide it."""
+    policy = a_policy(family_folder(name, tmp_path / name, sliding_window=60))
+    short, long = random_group(0), group([[turn(list(range(61)), [k, 5])] for k in (1, 2)])
+    assert policy.micro_batches([short], values([short]))[0].layout == "packed"
+    assert policy.micro_batches([long], values([long]))[0].layout == "plain"
+    assert "window of 60" in caplog.text
+
+
+# --- sync and export
+
+
+@matrix
+def test_published_weights_are_a_checkpoint_that_the_engine_takes(folders, tmp_path, name: str, mode: str) -> None:
+    folder, policy = folders[name], a_policy(folders[name], mode)
+    sync = Sync("merged", tmp_path / "weights", folder, "cpu", "float32")
+    engine = TransformersEngine(TransformersEngineConfig(max_model_len=128), ModelConfig(path=folder, dtype="float32"))
+    asyncio.run(_sync_twice(policy, engine, sync))
+    first, second = sorted((tmp_path / "weights").iterdir())
+    names = load_file(folder / "model.safetensors").keys()
+    assert load_file(second / "model.safetensors").keys() == names, "those of the published checkpoint"
+    assert scores(second, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)
+    assert scores(second, IDS) != pytest.approx(scores(first, IDS), abs=1e-3)
+
+
+async def _sync_twice(policy: Policy, engine: Engine, sync: Sync) -> None:
+    """Two versions of the weights, a step between them, reach an engine; each time it computes what the policy does."""
+    (batch,) = build_micro_batches([random_group(0)], [torch.linspace(-1, 1, 8)], 10_000, "plain")
+    try:
+        await engine.start()
+        for version in (1, 2):
+            await engine.load(sync.publish(policy, version))
+            result = await sync.probe(policy, engine, [IDS, [7, 8, 9, 200, 3]])
+            assert result.max_gap < 2e-5 and engine.policy_version == version
+            if version == 1:
+                policy.step([replace(batch, sampled_logprobs=policy.logprobs(batch))], batch.num_tokens)
+    finally:
+        await engine.close()
+
+
+@matrix
+def test_a_run_of_the_family_is_exported_whole(tmp_path: Path, name: str, mode: str) -> None:
+    folder = with_template(name, tmp_path / "model")
+    rows = [{"messages": [{"role": "user", "content": f"say {i}"}], "letter": "e"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {"steps": 1, "items_per_step": 1, "base_rollouts": 4, "learning_rate": 0.01}
+    tree = a_tree(tmp_path, training=training, evaluation={"every": 1, "validation_items": 1})
+    tree["rollout"]["max_tokens_per_turn"] = 5
+    tree["model"]["lora"] = MODES[mode].model_dump()
+    config = validate_config(tree, where="test")
+    run = run_job(config)
+    policy = Policy(config.model, config.training, 1.0, build_accelerator(seed=0), seed=0)
+    policy.load_adapter(find_checkpoint(run / "checkpoints", "last"))
+    out = export(run, tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    assert scores(out, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)
+    assert Chat.from_folder(out).first_prompt(an_item()) == Chat.from_folder(folder).first_prompt(an_item())
+
+
+@pytest.mark.slow  # a vLLM server each
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3"])
+def test_vllm_takes_merged_weights_of_the_family(folders, tmp_path: Path, name: str) -> None:
+    sync = Sync("merged", tmp_path / "weights", folders[name], "cpu", "float32")
+    engine = vllm_engine(folders[name], tmp_path / "engine.log")
+    asyncio.run(asyncio.wait_for(_sync_twice(a_policy(folders[name]), engine, sync), 400))
+
+
+# --- mixtures of experts
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_all_linear_adapts_attention_and_experts_and_no_router(folders, name: str) -> None:
+    policy = a_policy(folders[name])
+    adapted = {path for path, module in policy.causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    last = {path.removeprefix("model.layers.1.") for path in adapted if ".layers.1." in path}
+    assert {"self_attn.o_proj", "mlp.experts", "mlp.experts.base_layer"} <= last
+    assert not any("gate" in path for path in adapted)
+    assert {parameter.dtype for parameter in a_policy(folders[name], dtype="bfloat16").parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_packing_sends_no_token_to_another_expert(folders, name: str) -> None:
+    """One token that did would move its log-probabilities by far more than rounding."""
+    policy = a_policy(folders[name])
+    for seed in range(6):
+        groups = [random_group(seed)]
+        packed, plain = (build_micro_batches(groups, values(groups), 10_000, each) for each in ("packed", "plain"))
+        first, again = policy._in_order(packed), policy._in_order(packed)
+        assert torch.equal(first, again)
+        assert (first - policy._in_order(plain)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_losses_and_noise_of_routers_stay_off(tmp_path: Path, folders, name: str) -> None:
+    """Whatever the checkpoint's config asks for: rft's loss is the objective alone."""
+    noisy = {"output_router_logits": True, "router_aux_loss_coef": 9.0, "router_jitter_noise": 0.5}
+    loud = a_policy(family_folder(name, tmp_path / name, **noisy))
+    assert loud.causal_lm.config.output_router_logits
+    (batch,) = build_micro_batches([random_group(2)], [torch.linspace(-1, 1, 8)], 10_000, "packed")
+    quiet = a_policy(folders[name])
+    assert torch.equal(loud.logprobs(batch), quiet.logprobs(batch))
+    assert torch.equal(gradients(loud, [batch]), gradients(quiet, [batch]))
+
+
+def test_the_reference_of_a_mixture_is_the_model_without_adapters(folders) -> None:
+    policy = a_policy(folders["qwen3_moe"])
+    (batch,) = build_micro_batches([random_group(0)], values([random_group(0)]), 10_000, "packed")
+    reference, plain = policy._reference(batch), a_policy(folders["qwen3_moe"])
+    for parameter in plain.parameters:
+        parameter.data.zero_()
+    assert torch.allclose(reference, plain.logprobs(batch), atol=1e-6)
+    assert not torch.allclose(reference, policy.logprobs(batch), atol=1e-3)
+
+
+def test_targets_of_a_mixture_that_cannot_be_served_are_refused(folders, monkeypatch) -> None:
+    path = folders["qwen3_moe"]
+    with pytest.raises(ConfigError, match=r"training\.sync(.|\n)*merged"):
+        a_policy(path, sync="adapter")
+    monkeypatch.setitem(MODES, "attention", LoraConfig(rank=4, targets=["q_proj", "o_proj"]))
+    assert a_policy(path, "attention", sync="adapter").trainable_parameters > 0
+    monkeypatch.setitem(MODES, "router", LoraConfig(rank=4, targets=["q_proj", "gate"]))
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: adapters on routers"):
+        a_policy(path, "router")
+    monkeypatch.setitem(MODES, "half", LoraConfig(rank=4, targets=["gate_proj", "down_proj"]))
+    with pytest.raises(ConfigError, match="without also targeting up_proj"):
+        a_policy(path, "half")
+
+
+# --- models that also read images
+
+
+def test_a_multimodal_gemma_trains_its_text_model_alone(tmp_path: Path) -> None:
+    folder = multimodal_folder(tmp_path / "gemma")
+    policy, groups = a_policy(folder), [random_group(0)]
+    adapted = {path for path, module in policy.causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    assert len(adapted) == 2 * 7 and all("language_model" in path for path in adapted)
+    assert policy.micro_batches(groups, values(groups))[0].layout == "packed"
+    packed, plain = (build_micro_batches(groups, values(groups), 10_000, each) for each in ("packed", "plain"))
+    one, other = gradients(policy, packed), gradients(policy, plain)
+    assert (policy._in_order(packed) - policy._in_order(plain)).abs().max() < 2e-5
+    assert (one - other).norm() / other.norm() < 1e-5
+    path = Sync("merged", tmp_path / "weights", folder, "cpu", "float32").publish(policy, 1).path
+    assert load_file(path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    assert scores(path, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)

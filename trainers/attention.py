@@ -148,8 +148,8 @@ class _TrieAttention(torch.autograd.Function):
     """For every chain: softmax(scale * q k^T + future) v over its path, the softmax in float32.
 
     query: [H, T, D]; key: [G, T, D]; value: [G, T, D_v], each shared by H / G query heads -> [T, H, D_v]. What is kept
-    for the backward pass has the row's length: the probabilities ([H, n, m]) and the chains' own copies of their paths are
-    made again, so that memory does not depend on how the row branches.
+    for the backward pass has the row's length: the probabilities ([H, n, m]) and the chains' own copies of their paths
+    are made again, so that memory does not depend on how the row branches.
     """
 
     @staticmethod

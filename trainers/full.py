@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from rft.config import ModelConfig
 from rft.errors import ConfigError, UserError
+from rft.trainers.sharding import whole
 
 FILE = "model.safetensors"  # in a checkpoint: the trained weights and the frozen ones, masters where there are any
 
@@ -52,17 +54,22 @@ class FullWeights:
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's own tensors; of a sharded model whole copies on the CPU, in the dtype it computes in."""
-        return {name: _whole(value, self._dtype) for name, value in self._named().items()}
+        """The model's own tensors, named as in the published checkpoint.
+
+        Of a sharded model whole copies on the CPU, in the dtype it computes in.
+        """
+        state = {name: self._computed(value) for name, value in self._named().items()}
+        published: dict[str, Tensor] = revert_weight_conversion(self.causal_lm, state)
+        return published
 
     def save(self, path: Path, *, writes: bool = True) -> None:
         """Write model.safetensors: masters in float32, the rest as it is. Collective where weights are sharded."""
         masters = self._masters_by_id()
         state: dict[str, Tensor] = {}
         for name, value in self._named(keep_vars=True).items():
-            whole = _whole(masters.get(id(value), value).detach())
+            gathered = whole(masters.get(id(value), value).detach())
             if writes:
-                state[name] = whole.cpu().contiguous()
+                state[name] = gathered.cpu().contiguous()
         if writes:
             save_file(state, path / FILE, metadata={"format": "pt"})
 
@@ -80,6 +87,11 @@ class FullWeights:
         for name, value in own.items():
             _copy(masters.get(id(value), value), stored[name])
         self.after_step()
+
+    def _computed(self, value: Tensor) -> Tensor:
+        """A shard's float32 master as the model computes with it; what is not sharded is that already."""
+        is_master = isinstance(value, DTensor) and value.is_floating_point()
+        return whole(value).to(self._dtype) if is_master else whole(value)
 
     def _masters_by_id(self) -> dict[int, nn.Parameter]:
         """Of each parameter that has one; parameters are tensors, whose `==` is elementwise."""
@@ -118,13 +130,6 @@ def _hand_over(master: nn.Parameter) -> Any:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     return move
-
-
-def _whole(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.full_tensor().cpu()
-    return whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
