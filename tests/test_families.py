@@ -27,6 +27,7 @@ from rft.engines.transformers import TransformersEngine
 from rft.errors import ConfigError, UserError
 from rft.export import export, find_checkpoint
 from rft.job import run_job
+from rft.store import RunStore
 from rft.trainers.batch import build_micro_batches
 from rft.trainers.policy import Policy, build_accelerator
 from rft.trainers.sync import Sync
@@ -260,6 +261,8 @@ def test_a_run_of_the_family_is_exported_whole(tmp_path: Path, name: str, mode: 
     tree["model"]["lora"] = MODES[mode].model_dump()
     config = validate_config(tree, where="test")
     run = run_job(config)
+    (row,) = [row for row in RunStore.open(run).metrics() if row["kind"] == "training"]
+    assert row["logprob_gap/max"] < 1e-4, "sampled token by token with a cache, windows included"
     policy = Policy(config.model, config.training, 1.0, build_accelerator(seed=0), seed=0)
     policy.load_adapter(find_checkpoint(run / "checkpoints", "last"))
     out = export(run, tmp_path / "out")
