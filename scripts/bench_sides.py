@@ -92,13 +92,14 @@ def _group(shape: Shape, name: str, ids: Callable[[int], list[int]], values: Ite
 
 
 class RftSide:
-    """`Policy`, fed as trainers/grpo.py feeds it. Raises pydantic's ValidationError where a mode does not exist."""
+    """`Policy`, fed as trainers/grpo.py feeds it."""
 
     name = "rft"
 
     def __init__(self, model: Path, dtype: str, *, has_lora: bool) -> None:
         from rft.config import ModelConfig, TrainingConfig
-        from rft.trainers.policy import Policy, build_accelerator
+        from rft.trainers.policy import Policy
+        from rft.trainers.ranks import build_accelerator
 
         lora = {"rank": RANK, "alpha": ALPHA} if has_lora else None
         model_config = ModelConfig.model_validate({"path": model, "dtype": dtype, "lora": lora})

