@@ -25,6 +25,7 @@ from rft.config import RunConfig
 from rft.engines import sync_kind
 from rft.errors import RftError
 from rft.metrics import group_metrics, rollout_metrics, sampling_line
+from rft.pipeline import Pipeline
 from rft.preflight import check_fits, load_splits, open_store
 from rft.progress import Display
 from rft.report import final_table, write_report
@@ -168,8 +169,8 @@ def _sample_and_train(job: _Job) -> None:
     with job.display.phase("starting the engine and loading the model") as phase:
         policy = job.watchdog.run(start_with_policy(config, parts, store, job.stack, phase.status))
     sync = Sync(_sync_kind(config, policy), store.weights, config.model.path, config.model.dtype)
-    sampling = _sampling(job, parts)
-    leader = SamplingLeader(config, store, job.display, sampling, parts.engine, sync, job.chat.first_prompt)
+    pipeline = Pipeline(_sampling(job, parts))
+    leader = SamplingLeader(config, store, job.display, pipeline, parts.engine, sync, job.chat.first_prompt)
     _train(job, policy, leader)
     sync.clear()
 

