@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from pipelined import SlowPolicy, Stage, chatty, measure_overlap
-from test_job import a_config, stable, weights
+from test_job import _train, _train_until, a_config, stable, weights
 from test_rollout import RecordingEnvironment, an_item
 
 from rft.config import RunConfig
@@ -24,6 +24,7 @@ from rft.errors import EngineError, NoProgressError
 from rft.metrics import staleness_metrics
 from rft.replay import stored_groups
 from rft.slots import Slots
+from rft.store import RunStore
 from rft.trainers.policy import StepStats
 from rft.types import Group, Message, Rollout, StopReason, Turn
 
@@ -282,6 +283,19 @@ def test_a_rollout_ahead_that_stands_still_is_named_and_training_alone_is_no_sta
     with pytest.raises(NoProgressError, match=r"step 2: training, sampling ahead: 4 rollouts (.|\n)*4 wait for engine"):
         stuck.train()
     assert stuck.policy.ended_with == "Ending"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_fills_the_pipeline_again(tmp_path: Path) -> None:
+    """SIGKILL with the next steps in flight: the resumed run makes every step once, from weights that are allowed."""
+    ahead = ("training.staleness=2", "training.steps=6")
+    _train_until(tmp_path, 2, *ahead)
+    _train(tmp_path, "--resume", *ahead)
+    store = RunStore.open(tmp_path / "runs" / "killed")
+    assert store.is_done
+    assert [row["step"] for row in store.metrics() if row["kind"] == "training"] == [1, 2, 3, 4, 5, 6]
+    for rollout in store.rollouts(split="train"):
+        assert {turn.policy_version for turn in rollout.turns} <= set(range(max(0, rollout.step - 3), rollout.step))
 
 
 # --- parts ---
