@@ -32,7 +32,8 @@ from rft.store import RunStore
 from rft.trainers import checkpoint
 from rft.trainers.grpo import train
 from rft.trainers.leader import SamplingLeader
-from rft.trainers.policy import Policy, StepStats, build_accelerator
+from rft.trainers.policy import Policy, StepStats
+from rft.trainers.ranks import build_accelerator
 from rft.trainers.sync import Sync
 from rft.types import Grade, Group, Item, rollout_id
 from rft.watch import Watchdog
@@ -109,7 +110,6 @@ class Stage:
         accelerator = build_accelerator(self.config.seed)
         training, temperature = self.config.training, self.config.rollout.temperature
         self.policy = self.policy_class(self.config.model, training, temperature, accelerator, self.config.seed)
-        self.accelerator = accelerator
         self.engine.policy = self.policy
 
     @property
@@ -157,7 +157,7 @@ class Stage:
             if self.environment is not None:
                 items = {split: [_with_tools(item) for item in each] for split, each in items.items()}
             sampling = Sampling(self.config, collector, watchdog, store, self.display, items)
-            sync = Sync("merged", store.weights, self.config.model.path, "cpu", "float32")
+            sync = Sync("merged", store.weights, self.config.model.path, "float32")
             pipeline = Pipeline(sampling, is_threaded=self.is_threaded)
             self.collector, self.waits = collector, watchdog.waits
             leader = WatchedLeader(
@@ -168,7 +168,7 @@ class Stage:
             store.rewind(first - 1)
             self.trained = leader.__dict__["trained"] = {}
             started = time.perf_counter()
-            train(self.config, self.policy, self.accelerator, leader, first)
+            train(self.config, self.policy, leader, first)
             return time.perf_counter() - started
 
 
