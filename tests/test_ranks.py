@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from ranks import CASES, Result, run_cases, train_case
 from test_policy import model_folder
 
@@ -69,4 +73,46 @@ def test_launch_settings_that_would_be_ignored_are_refused(monkeypatch: pytest.M
         sharding.is_asked_for()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match=r"model\.dtype"):
+        build_accelerator(seed=0)
+
+
+LAUNCHES = sorted((Path(__file__).resolve().parent.parent / "configs" / "accelerate").glob("*.yaml"))
+FIRST_COLLECTIVE = """
+import sys
+from rft.trainers import sharding
+from rft.trainers.ranks import Ranks, build_accelerator
+ranks = Ranks(build_accelerator(seed=0))
+# one write each, so that two processes do not mix their lines
+sys.stdout.write(f"rank {ranks.index} of {ranks.num}: {ranks.sum([1.0])[0]:g} {sharding.is_asked_for()}\\n")
+"""
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_launch_files_say_what_they_are_for(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# ") and "Hardware:" in text
+    assert yaml.safe_load(text)["mixed_precision"] == "no"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_launches_with_each_file_up_to_the_first_collective(path: Path, tmp_path: Path) -> None:
+    """As far as a machine without GPUs allows: its ranks are gloo ones on the CPU."""
+    if path.stem == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    script = tmp_path / "first.py"
+    script.write_text(FIRST_COLLECTIVE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), str(script)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    num_ranks = yaml.safe_load(path.read_text())["num_processes"]
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    assert lines == [f"rank {rank} of {num_ranks}: {num_ranks} {path.stem == 'fsdp2'}" for rank in range(num_ranks)]
+
+
+def test_processes_that_do_not_form_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` for GPUs on a machine that has none."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true"):
         build_accelerator(seed=0)
