@@ -185,8 +185,10 @@ class TrainingConfig(Config):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw", description="the 8-bit ones need the package bitsandbytes"
     )
-    sync: Literal["auto", "adapter", "merged", "reload"] = Field(
-        "auto", description="how new weights reach the engine; reload is for model.lora: null"
+    sync: Literal["auto", "adapter", "merged", "reload", "transfer"] = Field(
+        "auto",
+        description="how new weights reach the engine; for model.lora: null reload (from disk), or transfer (from GPU"
+        " memory to one vLLM server: CUDA IPC to a launched one, NCCL to engine.url)",
     )
     max_logprob_gap: float = Field(
         0.2, gt=0, description="mean |engine - trainer| log-probability; beyond it the run stops"
@@ -305,8 +307,12 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.sync is {sync}, but model.lora is null: there is no adapter; use reload or auto"
             )
-        if not is_full and sync == "reload":
+        if not is_full and sync in ("reload", "transfer"):
             raise ValueError(f"training.sync is {sync}, which is for model.lora: null; use adapter, merged or auto")
+        if sync == "transfer" and not isinstance(self.engine, VllmEngineConfig):
+            raise ValueError(f"training.sync is transfer, but engine.type is {self.engine.type}; use reload or auto")
+        if sync == "transfer" and isinstance(urls := getattr(self.engine, "url", None), list) and len(urls) > 1:
+            raise ValueError("training.sync is transfer, which serves one engine.url, not several; use reload or auto")
         return self
 
     @model_validator(mode="after")

@@ -250,7 +250,7 @@ def _restore(job: _Job, policy: Policy) -> int:
     return 0
 
 
-def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged"]:
+def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged", "transfer"]:
     return sync_kind(config.training.sync, policy.device.type, is_lora=config.model.lora is not None)
 
 

@@ -8,6 +8,7 @@ Sharded models (sharding.py) keep their masters in the shards instead.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,22 @@ class FullWeights:
 
         Of a sharded model whole copies on the CPU, in the dtype it computes in.
         """
-        state = {name: self._computed(value) for name, value in self._named().items()}
-        published: dict[str, Tensor] = revert_weight_conversion(self.causal_lm, state)
-        return published
+        is_sharded = any(isinstance(value, DTensor) for value in self.model.parameters())
+        return {name: value.cpu() if is_sharded else value for name, value in self.full_tensors()}
+
+    @torch.no_grad()
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._named().items():
+            yield from revert_weight_conversion(self.causal_lm, {name: self._computed(value)}).items()
 
     def save(self, path: Path, *, writes: bool = True) -> None:
         """Write model.safetensors: masters in float32, the rest as it is. Collective where weights are sharded."""
         masters = self._masters_by_id()
         state: dict[str, Tensor] = {}
         for name, value in self._named(keep_vars=True).items():
-            gathered = whole(masters.get(id(value), value).detach())
+            stepped = whole(masters.get(id(value), value).detach())
             if writes:
-                state[name] = gathered.cpu().contiguous()
+                state[name] = stepped.cpu().contiguous()
         if writes:
             save_file(state, path / FILE, metadata={"format": "pt"})
 
@@ -90,8 +95,10 @@ class FullWeights:
 
     def _computed(self, value: Tensor) -> Tensor:
         """A shard's float32 master as the model computes with it; what is not sharded is that already."""
-        is_master = isinstance(value, DTensor) and value.is_floating_point()
-        return whole(value).to(self._dtype) if is_master else whole(value)
+        if not isinstance(value, DTensor):
+            return value
+        gathered = value.full_tensor()
+        return gathered.to(self._dtype) if gathered.is_floating_point() else gathered
 
     def _masters_by_id(self) -> dict[int, nn.Parameter]:
         """Of each parameter that has one; parameters are tensors, whose `==` is elementwise."""

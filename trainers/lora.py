@@ -72,6 +72,9 @@ class LoraWeights:
         published: dict[str, Tensor] = revert_weight_conversion(model, {k: whole(v) for k, v in merged.items()})
         return published
 
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.full_state_dict().items()
+
     def save(self, path: Path, *, writes: bool = True) -> None:
         """Write adapter_model.safetensors and adapter_config.json, float32. Not collective."""
         if writes:

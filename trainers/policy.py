@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,6 +398,16 @@ class Policy:
         """Every weight as engines load them, see `Weights.full_state_dict`. Collective where sharded."""
         with self._joined("full_state_dict"):
             return self.weights.full_state_dict()
+
+    def full_tensors(self) -> Generator[tuple[str, Tensor], None, None]:
+        """The same one after another, see `Weights.full_tensors`. Collective where sharded: take all, or close it."""
+        with self._joined("pass_full_tensors"):
+            yield from self.weights.full_tensors()
+
+    def pass_full_tensors(self) -> None:
+        """What the other ranks do while rank 0 takes `full_tensors`."""
+        for _ in self.weights.full_tensors():
+            pass
 
     def save_weights(self, path: Path) -> None:
         """Write what is trained into the folder `path`. Collective where sharded."""
