@@ -1,4 +1,4 @@
-"""Tool calls in the text of a model: one parser per dialect of chat templates.
+"""Tool calls in the text of a model: one parser per dialect of chat templates, and the way back.
 
 A malformed call is data: it comes back as a ToolCall whose `error` tells the model what was wrong. Never raises,
 whatever the model wrote.
@@ -109,6 +109,19 @@ def parse_calls(text: str, dialect: Dialect, item: Item, prefix: str) -> tuple[s
     """What the text says beside its calls, and the calls, with ids `call_<prefix>_<n>`."""
     content, found = _PARSERS[dialect](text)
     return content, [_checked(raw, index, prefix, item) for index, raw in enumerate(found)]
+
+
+def spell_calls(calls: list[ToolCall], dialect: Dialect) -> str:
+    """Well-formed calls in the plainest text that `parse_calls` reads back."""
+    if dialect == "llama3":
+        return "; ".join(_spelled(call, "parameters") for call in calls)
+    if dialect == "mistral":
+        return f"[TOOL_CALLS][{', '.join(_spelled(call, 'arguments') for call in calls)}]"
+    return "\n".join(f"<tool_call>\n{_spelled(call, 'arguments')}\n</tool_call>" for call in calls)
+
+
+def _spelled(call: ToolCall, key: str) -> str:
+    return json.dumps({"name": call.name, key: json.loads(call.arguments)}, ensure_ascii=False)
 
 
 def _checked(raw: _RawCall, index: int, prefix: str, item: Item) -> ToolCall:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rft.calls import Dialect, dialect_of, parse_calls
+from rft.calls import Dialect, dialect_of, parse_calls, spell_calls
 from rft.errors import UserError
 from rft.types import Item, Message, ToolCall, ToolResult
 
@@ -116,6 +117,35 @@ class Chat:
             reasoning=reasoning.replace("<think>", "").strip() if closed else "",
             tool_calls=calls,
         )
+
+    def spell(self, item: Item, messages: list[Message]) -> list[int] | None:
+        """The ids, end of turn included, with which this model would say the last of `messages`.
+
+        `messages` are all messages after the row's own. What is spelled is what the template writes where `parse`
+        reads that as the same message, else the plainest form; None where the format cannot say it at all.
+        """
+        for text in self._spellings(item, messages):
+            ids = [*self._encode(text), self.end_of_turn]
+            is_cut = any(token in self.stop_token_ids for token in ids[:-1])
+            if not is_cut and _says_the_same(self.parse(ids, item, "spelled"), messages[-1]):
+                return ids
+        return None
+
+    def _spellings(self, item: Item, messages: list[Message]) -> Iterator[str]:
+        message = messages[-1]
+        opening, tools = self._opening(item).messages, self._template_tools(item)
+        prompt = self._render(opening + self._chat_messages(messages[:-1]), tools, prompt=True)
+        last = self._chat_messages([message])[0] | (
+            {"reasoning_content": message.reasoning} if message.reasoning else {}
+        )
+        written = self._render([*opening, *self._chat_messages(messages[:-1]), last], tools)
+        if written.startswith(prompt):
+            said, ended, _ = written[len(prompt) :].rpartition(self._end)
+            yield said if ended else written[len(prompt) :].rstrip()
+        is_open = prompt.rstrip().endswith("<think>")
+        thought = f"{'' if is_open else '<think>'}\n{message.reasoning}\n</think>\n\n"
+        calls = spell_calls(message.tool_calls, self.dialect) if message.tool_calls else ""
+        yield (thought if message.reasoning or is_open else "") + "\n".join(filter(None, [message.content, calls]))
 
     def count_tokens(self, text: str) -> int:
         """How many ids a text is."""
@@ -276,6 +306,17 @@ def _compact_spec(tool: dict[str, Any]) -> str:
     if required:
         spec["required"] = required
     return json.dumps(spec, ensure_ascii=False)
+
+
+def _says_the_same(first: Message, second: Message) -> bool:
+    """True when two messages differ in nothing but outer white space, call ids and the layout of arguments."""
+    texts = [(m.content.strip(), m.reasoning.strip()) for m in (first, second)]
+    calls = [[(c.name, c.error, _canonical(c)) for c in m.tool_calls] for m in (first, second)]
+    return texts[0] == texts[1] and calls[0] == calls[1]
+
+
+def _canonical(call: ToolCall) -> str:
+    return call.arguments if call.error else json.dumps(json.loads(call.arguments))
 
 
 def _generic_text(message: Message) -> str:

@@ -60,6 +60,21 @@ def sample(
 
 
 @app.command()
+def warmup(
+    config: Annotated[Path, typer.Argument(help="a YAML file with a section warmup")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. warmup.demonstrations=shown.jsonl")
+    ] = None,
+    run_id: Annotated[str | None, typer.Option(help="the new run's id")] = None,
+) -> None:
+    """Train on demonstrations first: for a model that never succeeds, and so never gets a reward to learn from."""
+    from rft.config import load_config
+    from rft.job import run_warmup
+
+    typer.echo(f"warmed up: {run_warmup(load_config(config, overrides), run_id=run_id)}")
+
+
+@app.command()
 def tools(
     task: Annotated[str, typer.Argument(help="a task of rft.envs.tasks, or package.module:NAME")],
     port: Annotated[int, typer.Option(help="0 lets the system choose")] = 8765,
@@ -132,7 +147,7 @@ def main() -> None:
             raise
         _fail(error.format_message(), 2)
     if code == _INTERRUPTED:
-        _fail("interrupted; nothing written is lost, continue with --resume", code)
+        _fail("interrupted; nothing written is lost: train and sample continue with --resume", code)
     sys.exit(code or 0)
 
 

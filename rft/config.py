@@ -246,6 +246,31 @@ class EvaluationConfig(Config):
     rollouts_per_item: int = Field(1, ge=1)
 
 
+class WarmupConfig(Config):
+    """`rft warmup`: supervised training on demonstrations, from a file or from the graded rollouts of a run."""
+
+    demonstrations: Path | None = None  # JSONL: rows whose messages go on with what the model is to say
+    from_run: Path | None = None  # a run folder: its training rollouts with a grade of at least min_grade
+    min_grade: float | None = Field(None, allow_inf_nan=False)
+    epochs: int = Field(3, ge=1)
+    learning_rate: float | None = Field(None, gt=0, description="null: 2e-4 with adapters, 2e-5 for all weights")
+    batch_size: int = Field(8, ge=1, description="sequences per optimizer step")
+    max_length: int | None = Field(
+        None, ge=16, description="tokens; longer demonstrations are left out and counted; null: engine.max_model_len"
+    )
+    held_out_share: float = Field(
+        0.0, ge=0, le=0.5, description="of the demonstrations; measured every epoch, and the best epoch is kept"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> WarmupConfig:
+        if (self.demonstrations is None) == (self.from_run is None):
+            raise ValueError("name one source: demonstrations, or from_run with min_grade")
+        if (self.from_run is None) != (self.min_grade is None):
+            raise ValueError("min_grade goes with from_run: the least grade a rollout is learnt from")
+        return self
+
+
 class RunConfig(Config):
     """One training run, complete."""
 
@@ -262,6 +287,7 @@ class RunConfig(Config):
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    warmup: WarmupConfig | None = None  # for `rft warmup` alone
 
     @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:

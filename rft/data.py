@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from rft.errors import DataError
 from rft.types import Item, Message, Role, ToolCall
@@ -20,11 +20,16 @@ MAX_PROBLEMS = 10
 _ROLES = get_args(Role)
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+_ENDS: dict[str, tuple[tuple[str, ...], str]] = {  # who may speak last in a row, and the cure
+    "user": (("user", "developer"), "end the row with the user's message; the model writes what follows"),
+    "assistant": (("assistant",), "end the row with what the model is to say"),
+}
 ToolSpecs = Mapping[str, dict[str, Any] | None]  # name -> its entry in a row's `tools`; None: only rows know it
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(slots=True)
-class _Problems:
+class Problems:
     """What is wrong with one line; every problem names its field and its cure."""
 
     line: int
@@ -40,21 +45,30 @@ def load_items(path: Path, tool_specs: ToolSpecs | None) -> list[Item]:
     tool_specs: the tools that the environment serves, by name; a row may name no others, and one without the key
     `tools` gets all whose spec is known. None skips that check. Raises DataError.
     """
-    items: list[Item] = []
+    return load_rows(path, lambda row, item_id, problems: parse_item(row, item_id, tool_specs, problems))
+
+
+def load_rows(path: Path, parse: Callable[[dict[str, Any], str, Problems], Parsed | None]) -> list[Parsed]:
+    """What `parse` makes of every row, given the id of its item; it adds what is wrong to `problems`.
+
+    Raises DataError with up to ten problems at once, also for a file without rows.
+    """
+    parsed: list[Parsed] = []
     found: list[tuple[int, str, str, str]] = []
     for line, raw in _lines(path):
-        problems = _Problems(line)
-        item = _parse_line(raw, f"{path.stem}-{line:05d}", tool_specs, problems)
+        problems = Problems(line)
+        row = _decode(raw, problems)
+        value = parse(row, f"{path.stem}-{line:05d}", problems) if row is not None else None
         found += problems.found
-        if item is not None:
-            items.append(item)
+        if value is not None:
+            parsed.append(value)
         if len(found) >= MAX_PROBLEMS:
             break
     if found:
         _refuse(path, found[:MAX_PROBLEMS])
-    if not items:
+    if not parsed:
         raise DataError("the file has no rows", where=str(path), cure="write one JSON object per line")
-    return items
+    return parsed
 
 
 def items_for_step(items: list[Item], step: int, items_per_step: int, seed: int) -> list[Item]:
@@ -128,11 +142,16 @@ def _refuse(path: Path, found: list[tuple[int, str, str, str]]) -> NoReturn:
     raise DataError(f"{more} problems:\n  " + "\n  ".join(lines), where=str(path), cure="fix the rows and start again")
 
 
-def _parse_line(raw: bytes, item_id: str, tool_specs: ToolSpecs | None, problems: _Problems) -> Item | None:
-    row = _decode(raw, problems)
-    if row is None:
-        return None
-    messages = _parse_messages(row.get("messages"), problems)
+def parse_item(
+    row: dict[str, Any],
+    item_id: str,
+    tool_specs: ToolSpecs | None,
+    problems: Problems,
+    *,
+    ends_with: Literal["user", "assistant"] = "user",
+) -> Item | None:
+    """The row as an item; None when anything was added to `problems`."""
+    messages = _parse_messages(row.get("messages"), problems, ends_with)
     tools = _parse_tools(row.get("tools"), tool_specs, problems)
     parallel = row.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
@@ -142,7 +161,7 @@ def _parse_line(raw: bytes, item_id: str, tool_specs: ToolSpecs | None, problems
     return Item(id=item_id, row=row, messages=messages, tools=tools, parallel_tool_calls=parallel is not False)
 
 
-def _decode(raw: bytes, problems: _Problems) -> dict[str, Any] | None:
+def _decode(raw: bytes, problems: Problems) -> dict[str, Any] | None:
     cure = "write one JSON object per line, in UTF-8"
     try:
         row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
@@ -172,20 +191,21 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "object")
 
 
-def _parse_messages(value: Any, problems: _Problems) -> list[Message]:
+def _parse_messages(value: Any, problems: Problems, ends_with: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         problem = "is missing" if value is None else "must be a non-empty list"
         problems.add("messages", problem, 'write "messages": [{"role": "user", "content": "..."}]')
         return []
     messages = [_parse_message(message, f"messages[{index}]", problems) for index, message in enumerate(value)]
     last = value[-1].get("role") if isinstance(value[-1], dict) else None
-    if last in _ROLES and last not in ("user", "developer"):
-        cure = "end the row with the user's message; the model writes what follows"
-        problems.add(f"messages[{len(value) - 1}].role", f"the last message is from {last}, not from user", cure)
+    roles, cure = _ENDS[ends_with]
+    if last in _ROLES and last not in roles:
+        problem = f"the last message is from {last}, not from {ends_with}"
+        problems.add(f"messages[{len(value) - 1}].role", problem, cure)
     return [message for message in messages if message is not None]
 
 
-def _parse_message(value: Any, path: str, problems: _Problems) -> Message | None:
+def _parse_message(value: Any, path: str, problems: Problems) -> Message | None:
     if not isinstance(value, dict):
         problems.add(path, f"is a JSON {_kind(value)}, not an object", 'write {"role": ..., "content": ...}')
         return None
@@ -206,7 +226,7 @@ def _parse_message(value: Any, path: str, problems: _Problems) -> Message | None
     return Message(role=role, content=content, name=name, tool_calls=calls, tool_call_id=call_id)
 
 
-def _parse_content(value: Any, path: str, may_be_null: bool, problems: _Problems) -> str:
+def _parse_content(value: Any, path: str, may_be_null: bool, problems: Problems) -> str:
     """Text, or a list of text blocks whose texts are joined."""
     if isinstance(value, str):
         return value
@@ -219,7 +239,7 @@ def _parse_content(value: Any, path: str, may_be_null: bool, problems: _Problems
     return ""
 
 
-def _parse_block(block: Any, path: str, problems: _Problems) -> str:
+def _parse_block(block: Any, path: str, problems: Problems) -> str:
     kind = block.get("type") if isinstance(block, dict) else _kind(block)
     if kind not in _TEXT_BLOCKS or not isinstance(block.get("text"), str):
         cure = 'only text is trained on: {"type": "text", "text": "..."}'
@@ -229,7 +249,7 @@ def _parse_block(block: Any, path: str, problems: _Problems) -> str:
     return text
 
 
-def _parse_calls(value: Any, path: str, problems: _Problems) -> list[ToolCall]:
+def _parse_calls(value: Any, path: str, problems: Problems) -> list[ToolCall]:
     """Calls in a row's own history, in the shape of chat-completions."""
     if value is None:
         return []
@@ -249,7 +269,7 @@ def _parse_calls(value: Any, path: str, problems: _Problems) -> list[ToolCall]:
         return []
 
 
-def _parse_tools(value: Any, tool_specs: ToolSpecs | None, problems: _Problems) -> list[dict[str, Any]]:
+def _parse_tools(value: Any, tool_specs: ToolSpecs | None, problems: Problems) -> list[dict[str, Any]]:
     if value is None:
         return [spec for spec in (tool_specs or {}).values() if spec is not None]
     if not isinstance(value, list):
@@ -268,7 +288,7 @@ def _parse_tools(value: Any, tool_specs: ToolSpecs | None, problems: _Problems) 
     return value
 
 
-def _parse_tool(tool: Any, path: str, problems: _Problems) -> str | None:
+def _parse_tool(tool: Any, path: str, problems: Problems) -> str | None:
     """The tool's name when it is well-formed."""
     cure = 'write {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
     if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):

@@ -8,6 +8,7 @@ succeed can be continued with `resume`: it goes on after its last complete step.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
 from rft.engines import sync_kind
-from rft.errors import RftError
+from rft.errors import ConfigError, RftError, UserError
+from rft.lesson import load_lesson
 from rft.metrics import group_metrics, rollout_metrics, sampling_line
 from rft.pipeline import Pipeline
 from rft.preflight import check_fits, load_splits, open_store
@@ -41,6 +43,11 @@ if TYPE_CHECKING:
 
 
 _CANCEL_TIMEOUT_S = 60.0  # more than a session may take to end and to close
+_WARMUP_CURE = (
+    "add warmup: {demonstrations: FILE.jsonl}, or warmup: {from_run: RUN FOLDER, min_grade: 0.5}; "
+    "warmup.demonstrations=FILE.jsonl on the command line does the same"
+)
+_TRL_CURE = "run scripts/setup --warmup in a checkout, or pip install 'rft-local[warmup]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,38 @@ def run_sampling(config: RunConfig, *, run_id: str | None = None, resume: bool =
     """
     _quieten()
     return _run(config, run_id, resume, _sample_only, lambda job: job.store.mark_done())
+
+
+def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
+    """Train on the demonstrations that `config.warmup` names; the run folder, `<name>-warmup-001` and on by default.
+
+    It cannot be continued: a warm-up that was interrupted starts anew. Raises RftError with one clear message.
+    """
+    if config.warmup is None:
+        raise ConfigError("the config has no warm-up", where="warmup", cure=_WARMUP_CURE)
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("TRL is not installed", where="rft warmup", cure=_TRL_CURE)
+    _quieten()
+    chat = Chat.from_folder(config.model.path)
+    lesson = load_lesson(config, config.warmup, chat)
+    from rft.trainers.warmup import Keeper, check_machine, num_steps, warm_up
+
+    check_machine()
+    with Display() as display:
+        store = open_store(config.model_copy(update={"name": f"{config.name}-warmup"}), run_id, resume=False)
+        display.line(f"run folder: {store.path}")
+        with store, _recorded(store):
+            for text in lesson.notes:
+                store.append_event("info", text)
+                display.line(text)
+            with display.phase("loading the model"):
+                policy = load_policy(config)
+            steps = num_steps(lesson, config.warmup)
+            with display.phase("warm-up", steps) as phase:
+                warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
+        with store:
+            store.mark_done()
+    return store.path
 
 
 def _quieten() -> None:

@@ -21,6 +21,7 @@ _MAY_CHANGE_ON_RESUME = {
     "runs_dir",
     "evaluation",
     "rollout.stall_limit_s",
+    "warmup",
     "training.steps",
     "training.checkpoint_every",
     "training.keep_checkpoints",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "graders", "trainers")
 HEAVY = (
     "torch transformers vllm peft accelerate numpy "
-    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers mcp httpx2"
+    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers mcp httpx2 trl datasets jinja2"
 )
 
 
@@ -59,13 +59,24 @@ def test_pinned_set_fits_the_requirements() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    lines = [line for name in ("cpu", "dev") for line in (ROOT / f"constraints/{name}.txt").read_text().splitlines()]
+    lines = [
+        line
+        for name in ("cpu", "warmup", "dev")
+        for line in (ROOT / f"constraints/{name}.txt").read_text().splitlines()
+    ]
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pinned}
     assert len(pins) == len(pinned), "a package is pinned twice"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["train"], *extras["cpu"], *extras["quickstart"], *extras["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["train"],
+        *extras["cpu"],
+        *extras["quickstart"],
+        *extras["warmup"],
+        *extras["dev"],
+    ]
     for requirement in map(Requirement, wanted):
         if requirement.name != project["name"]:
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
