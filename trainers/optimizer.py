@@ -19,13 +19,19 @@ from rft.errors import ConfigError
 def build_optimizer(
     parameters: Sequence[nn.Parameter], training: TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that `training.optimizer` names. Raises ConfigError where it cannot be had."""
+    """The optimizer that `training.optimizer` names. Raises ConfigError where it cannot be had.
+
+    The 8-bit ones keep moments of tensors below 4,096 numbers in float32. On a CPU bitsandbytes has no pages.
+    """
     options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
-    if device.type != "cuda":
-        cure = "set training.optimizer=adamw"
+    if training.optimizer == "paged_adamw_8bit" and device.type != "cuda":
+        cure = "set training.optimizer=adamw_8bit or adamw"
         raise ConfigError(f"{training.optimizer} needs a GPU", where="training.optimizer", cure=cure)
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        cure = "set training.optimizer=adamw: its state is spread over the ranks anyway"
+        raise ConfigError("bitsandbytes cannot step sharded weights", where="training.optimizer", cure=cure)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -82,6 +88,8 @@ def _part(value: Any, parameter: nn.Parameter) -> Any:
 
 
 def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):  # bitsandbytes wraps what it quantized
+        return {name: _on_cpu(inner) for name, inner in value.items()}
     return _whole(value).cpu() if isinstance(value, Tensor) else value
 
 
