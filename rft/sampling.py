@@ -34,7 +34,7 @@ class Sampling:
         items = items_for_step(train, step - 1, config.training.items_per_step, config.seed)
         total = len(items) * config.rollouts_per_item
         with self.display.phase(f"step {step}: sampling", total, keep=False) as phase:
-            self.collector.on_rollout = _observer(self.store, phase.advance)
+            self.collector.on_rollout = self._observer(phase.advance)
             if config.training.allocation == "uniform":
                 return self.watchdog.run(self.collector.collect(items, "train", step, config.rollouts_per_item))
             budget = StepBudget(total, config.training.first_rollouts)
@@ -48,16 +48,27 @@ class Sampling:
             return
         size = self.config.evaluation.rollouts_per_item
         with self.display.phase(f"step {step}: evaluating {split}", len(items) * size, keep=False) as phase:
-            self.collector.on_rollout = _observer(self.store, phase.advance)
+            self.collector.on_rollout = self._observer(phase.advance)
             row = self.watchdog.run(evaluate(self.collector, items, split, step, size))
+        row["rollouts/reused"] = self.settle(split, step)
         self.store.append_metrics(row)
         self.display.line(evaluation_line(row))
 
+    def settle(self, split: Split, step: int) -> int:
+        """To be called when a step is complete: how many of its rollouts an interrupted run had finished.
 
-def _observer(store: RunStore, advance: Callable[[], None]) -> Callable[[Rollout], None]:
-    def observe(rollout: Rollout) -> None:
-        store.append_rollout(rollout)
-        if not rollout.stop_reason.is_discarded:
-            advance()
+        What that run had sampled beyond the step as it is now is moved aside.
+        """
+        num_reused, left = self.collector.stored.settle(split, step)
+        if left:
+            self.store.set_aside(step, left)
+        return num_reused
 
-    return observe
+    def _observer(self, advance: Callable[[], None]) -> Callable[[Rollout], None]:
+        def observe(rollout: Rollout) -> None:
+            if rollout.id not in self.collector.stored:
+                self.store.append_rollout(rollout)
+            if not rollout.stop_reason.is_discarded:
+                advance()
+
+        return observe

@@ -52,12 +52,6 @@ class Leader:
     def evaluate(self, split: Split, step: int) -> None:
         """How good the policy is on a split."""
 
-    def best_steps(self, count: int) -> set[int]:
-        """The steps with the highest validation grades; of equal ones the later."""
-        rows = [row for row in self.store.metrics() if row.get("kind") == "evaluation" and row["split"] == "validation"]
-        graded = sorted((row["grade"], row["step"]) for row in rows if row.get("grade") is not None)
-        return {step for _, step in graded[len(graded) - count :]} if count else set()
-
     def record(self, step: int, groups: list[Group], update: dict[str, float], clock: Clock) -> None:
         """The step's row in the metrics, the state, and the line that a person follows."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
@@ -116,7 +110,8 @@ class SamplingLeader(Leader):
         sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
         probed = sequences[:_PROBE_SEQUENCES] or [self.first_prompt(group.item) for group in groups[:1]]
         probe = run(self.sync.probe(policy, self.engine, probed))
-        return {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
+        reused = {"rollouts/reused": self.sampling.settle("train", step)}
+        return reused | {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
 
     def evaluate(self, split: Split, step: int) -> None:
         self.sampling.evaluate(split, step)
