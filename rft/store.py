@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -164,6 +165,8 @@ class RunStore:
                     kept += sift(path, is_usable, self._superseded)
             for left_over in (*self.path.glob(".*.tmp"), *self.rollout_folder.glob(".*.tmp")):
                 left_over.unlink()  # of a file that a killed process was replacing
+            for left_over in self.weights.glob(".*"):  # weights that it was publishing: as large as the model
+                shutil.rmtree(left_over)
             (self.path / "DONE").unlink(missing_ok=True)
         metrics = self.path / "metrics.jsonl"
         written = list(rows(metrics))
