@@ -18,7 +18,7 @@ from rft.checkpoints import complete
 from rft.config import validate_config
 from rft.errors import ConfigError, UserError
 from rft.export import export
-from rft.job import run_job
+from rft.job import run_job, run_sampling
 from rft.metrics import best_steps
 from rft.store import RunStore
 from rft.trainers.sync import Sync
@@ -64,6 +64,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_can_be_taken(
     assert rft(monkeypatch, "train", config, "--resume", "--checkpoint", "step_000002") == 0
     assert "continuing after step 2" in capsys.readouterr().out
     assert [stable(row) for row in RunStore.open(run).metrics()] == rows
+    assert training_rows(run)[-1]["rollouts/reused"] == 8, "what step 3 sampled is as good as before"
     assert (run / "checkpoints" / "superseded" / "step_000003").is_dir()
 
 
@@ -211,3 +212,17 @@ def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"whose hidden_size is 48; that of .*wider is 64"):
         run_job(validate_config(tree, "test"), run_id="other")
     assert not (tmp_path / "runs" / "other").exists()
+
+
+def test_a_run_that_only_samples_uses_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = a_config(tmp_path, training={"steps": 2, "items_per_step": 2, "base_rollouts": 4})
+    run = run_sampling(config, run_id="r")
+    metrics, rollouts = run / "metrics.jsonl", run / "rollouts" / "step_000002.jsonl"
+    rows, sampled = [stable(row) for row in RunStore.open(run).metrics()], rollouts.read_text().splitlines()
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    rollouts.write_text("\n".join(sampled[:3]) + "\n" + sampled[3][:50])
+    run_sampling(config, run_id="r", resume=True)
+    assert "continuing after step 1: 3 finished rollouts of step 2 are used" in capsys.readouterr().out
+    resumed = RunStore.open(run)
+    assert [stable(row) for row in resumed.metrics()] == rows
+    assert len(list(resumed.rollouts(2))) == len(sampled) == 8

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sigkill_driver import POINTS
-from test_job import TIMINGS, a_tree
+from test_job import a_tree, stable
 
 from rft.checkpoints import complete, latest
 from rft.store import RunStore
@@ -132,8 +132,7 @@ def uninterrupted(driver: Driver, shared: Path) -> dict[str, Path]:
 
 
 def stable_rows(run: Path) -> list[dict[str, Any]]:
-    left_out = (*TIMINGS, "rollouts/reused")
-    return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in RunStore.open(run).metrics()]
+    return [stable(row) for row in RunStore.open(run).metrics()]
 
 
 def stable_rollouts(run: Path) -> dict[str, Any]:
