@@ -7,6 +7,7 @@ Does not execute tools and does not know about engines.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -53,17 +54,21 @@ class Chat:
     """The chat format of one model, learnt from its tokenizer's template.
 
     `tokenizer` is a transformers tokenizer with a chat template. A template that ignores `tools` gets the generic
-    convention: tools listed in the system text, `<tool_call>{json}</tool_call>` out, `<tool_response>` back in.
+    convention: tools listed in the system text, `<tool_call>{json}</tool_call>` out, `<tool_response>` back in. Where a
+    template has no system role, the system text opens the first user message.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template", where="model.path", cure="use an instruction-tuned model"
+                "the tokenizer has no chat template, as base models have none",
+                where="model.path",
+                cure="use an instruction-tuned model, or put a template into that folder as chat_template.jinja",
             )
         self.tokenizer = tokenizer
         self.knows_tools = "rft_probe_tool" in self._render([{"role": "user", "content": "x"}], [_PROBE_TOOL])
         self.dialect: Dialect = dialect_of(tokenizer.chat_template) if self.knows_tools else "hermes"
+        self._takes_system = self._can_render_system()
         self._takes_many_calls = self._can_render_two_calls()
         self.end_of_turn = self._end_of_turn()
         self.stop_token_ids = tuple(sorted({self.end_of_turn, int(tokenizer.eos_token_id)}))
@@ -157,8 +162,10 @@ class Chat:
         found = self._openings.get(id(item))
         if found is None:
             messages, tools = self._opening_messages(item), self._template_tools(item)
-            text = self._render(messages, tools).rstrip()
-            found = _Opening(item, messages, text, self._encode(self._render(messages, tools, prompt=True)))
+            prompt = self._render(messages, tools, prompt=True)
+            # Phi-3's template closes a text that is no prompt with an end of text: only what both share comes first
+            text = _shared_start(self._render(messages, tools), prompt).rstrip()
+            found = _Opening(item, messages, text, self._encode(prompt))
             self._openings[id(item)] = found
             if len(self._openings) > _NUM_KEPT_OPENINGS:
                 self._openings.popitem(last=False)
@@ -174,6 +181,10 @@ class Chat:
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
+        roles = [message["role"] for message in messages[:2]]
+        if roles == ["system", "user"] and not self._takes_system:
+            system, user, *rest = messages
+            return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
         return messages
 
     def _template_tools(self, item: Item) -> list[dict[str, Any]] | None:
@@ -199,7 +210,19 @@ class Chat:
     def _as_template_takes_it(self, message: Message) -> dict[str, Any]:
         """With arguments as objects, which templates expect, and no more calls than the template can write."""
         calls = message.tool_calls if self._takes_many_calls else message.tool_calls[:1]
-        return message.as_chat() | ({"tool_calls": [_with_parsed_arguments(call) for call in calls]} if calls else {})
+        chat = message.as_chat() | ({"tool_calls": [_with_parsed_arguments(call) for call in calls]} if calls else {})
+        if self.dialect == "mistral":
+            _shorten_ids(chat)
+        return chat
+
+    def _can_render_system(self) -> bool:
+        """False for templates that raise at a system message, as Gemma's first one does, or leave it out."""
+        marker = "rft-system-probe"
+        try:
+            text = self._render([{"role": "system", "content": marker}, {"role": "user", "content": "x"}])
+        except Exception:  # whatever a template raises, in words of its own
+            return False
+        return marker in text
 
     def _can_render_two_calls(self) -> bool:
         """False for templates that raise at a second call in one message, as Llama 3's do."""
@@ -232,7 +255,9 @@ class Chat:
         """The id the template writes after an assistant message; the tokenizer's eos where it writes none."""
         marker = "rft-end-probe"
         text = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}])
-        specials = set(self.tokenizer.all_special_ids)
+        # the ends of turn of Gemma and Phi-3 are special tokens without a name like eos
+        added = {token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.special}
+        specials = added | set(self.tokenizer.all_special_ids)
         tail = self._encode(text[text.rfind(marker) + len(marker) :])
         return next((token for token in tail if token in specials), int(self.tokenizer.eos_token_id))
 
@@ -269,6 +294,23 @@ def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:
     except (ValueError, RecursionError):
         chat["function"]["arguments"] = {"malformed": call.arguments}
     return chat
+
+
+def _shared_start(one: str, other: str) -> str:
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _shorten_ids(message: dict[str, Any]) -> None:
+    """Mistral's templates refuse ids of calls that are not nine letters or digits."""
+    for call in message.get("tool_calls", []):
+        call["id"] = _short_id(call["id"])
+    if "tool_call_id" in message:
+        message["tool_call_id"] = _short_id(message["tool_call_id"])
+
+
+def _short_id(call_id: str) -> str:
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def _num_replies(messages: list[Message]) -> int:

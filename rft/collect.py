@@ -2,7 +2,8 @@
 
 Guarantees: a group comes back as soon as it is complete, with exactly the rollouts asked for, in order of attempt,
 whatever finished first; every rollout, discarded ones included, went to `on_rollout` once; when too many are discarded
-the step ends with the cause. Rollouts start in the order of their items, so that a slow one delays no other.
+the step ends with the cause. Rollouts start in the order of their items, so that a slow one delays no other. Several
+steps may be collected at once: they share the places, and the earlier step has precedence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from rft.budget import StepBudget
@@ -24,6 +25,7 @@ _MIN_COUNTED = 8  # below this many a share says nothing
 _NUM_EXAMPLES = 3
 _GC_THRESHOLDS = (50_000, 20, 100)
 ATTEMPTS_PER_ROUND = 1_000_000  # so that attempts of different rounds have different numbers
+ATTEMPTS_PER_REFILL = 1_000 * ATTEMPTS_PER_ROUND  # and those of a group that is sampled anew
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class Collector:
     on_rollout: Callable[[Rollout], None]
     stored: StoredRollouts = field(default_factory=StoredRollouts)
     slots: Slots = field(init=False)
+    _num_busy: int = field(default=0, init=False)  # steps and evaluations being collected
+    _meanwhile: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
 
     def __post_init__(self) -> None:
         self.slots = Slots(self.workshop.engine.max_concurrent, self.workshop.limits.max_concurrent)
@@ -127,7 +131,9 @@ class Collector:
             groups = await self._first_rounds(items, further, step, budget, tally, tasks)
             varied = [index for index, group in enumerate(groups) if group.has_signal]
             seconds = {
-                index: tasks.create_task(self._group(groups[index].item, "train", step, size, tally, round_index=1))
+                index: tasks.create_task(
+                    self._group(groups[index].item, "train", step, size, tally, ATTEMPTS_PER_ROUND)
+                )
                 for index, size in zip(varied, budget.split_rest(len(varied)), strict=True)
                 if size > 0
             }
@@ -136,16 +142,27 @@ class Collector:
     @asynccontextmanager
     async def _supervised(self) -> AsyncIterator[asyncio.TaskGroup]:
         """A task group whose first failure is raised as itself; meanwhile the slots follow the engine's load."""
-        following = asyncio.create_task(self.slots.adapt(self.workshop.engine.load_metrics))
         try:
-            with _rare_garbage_collection():
-                async with asyncio.TaskGroup() as tasks:
-                    yield tasks
+            async with self._busy(), asyncio.TaskGroup() as tasks:
+                yield tasks
         except BaseExceptionGroup as failures:
             raise first_cause(failures) from None
+
+    @asynccontextmanager
+    async def _busy(self) -> AsyncIterator[None]:
+        """What goes on while anything is collected, once however many steps that are."""
+        self._num_busy += 1
+        if self._num_busy == 1:
+            self._meanwhile.enter_context(_rare_garbage_collection())
+            following = asyncio.create_task(self.slots.adapt(self.workshop.engine.load_metrics))
+            self._meanwhile.push_async_callback(_cancelled, following)
+        try:
+            yield
         finally:
-            following.cancel()
-            await asyncio.wait([following])
+            self._num_busy -= 1
+            if self._num_busy == 0:
+                ended, self._meanwhile = self._meanwhile, AsyncExitStack()  # another may begin while this ends
+                await ended.aclose()
 
     async def _first_rounds(
         self,
@@ -176,10 +193,22 @@ class Collector:
         limits = self.workshop.limits
         return _Tally(limits.max_discarded_share * num_rollouts, limits.max_failed_grade_share * num_rollouts)
 
-    async def _group(
-        self, item: Item, split: Split, step: int, size: int, tally: _Tally, round_index: int = 0
-    ) -> Group:
-        first = round_index * ATTEMPTS_PER_ROUND
+    async def again(self, groups: Sequence[Group], number: int) -> list[Group]:
+        """Training groups of the same items and sizes, sampled anew, each in one round. Raises as `stream` does.
+
+        number: from 1, how often they are sampled anew; it makes their attempts' numbers, ids and seeds new.
+        """
+        tally = self._tally(sum(len(group.rollouts) for group in groups))
+        first = number * ATTEMPTS_PER_REFILL
+        async with self._supervised() as tasks:
+            fresh = [
+                tasks.create_task(self._group(group.item, "train", group.step, len(group.rollouts), tally, first))
+                for group in groups
+            ]
+        return [task.result() for task in fresh]
+
+    async def _group(self, item: Item, split: Split, step: int, size: int, tally: _Tally, first: int = 0) -> Group:
+        """One group, its attempts numbered from `first`."""
         async with asyncio.TaskGroup() as tasks:
             slots = [tasks.create_task(self._slot(item, split, step, first + i, size, tally)) for i in range(size)]
         results = [slot.result() for slot in slots]
@@ -219,7 +248,7 @@ class Collector:
     async def _slot_for(self, attempt: Attempt) -> AsyncIterator[None]:
         """A place among the rollouts in flight, once none of the tools' servers is down."""
         with self.workshop.waits.on(attempt.id, attempt.item.id, "slot"):
-            await self.slots.acquire()
+            await self.slots.acquire(attempt.step)
         try:
             if self.workshop.environment is not None:
                 with self.workshop.waits.on(attempt.id, attempt.item.id, "outage"):
@@ -227,6 +256,11 @@ class Collector:
             yield
         finally:
             self.slots.release()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 @contextmanager

@@ -6,12 +6,13 @@ field; the resolved config is written into the run folder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from rft.envs import EnvironmentConfig
 from rft.errors import ConfigError
@@ -19,6 +20,7 @@ from rft.graders import GraderSpec, judge_models
 from rft.graders.base import spec_path
 from rft.graders.judge import JudgeConfig
 
+_AUTO_IMPORTANCE_CAP = 2.0
 _GRADER_ATTEMPTS = 8  # twice rft.wire's, since pauses come between them
 
 
@@ -162,6 +164,17 @@ class TrainingConfig(Config):
     clip_high: float = Field(0.28, gt=0)
     max_ratio: float | None = Field(None, gt=1, description="a second clip, where the advantage is negative")
     cispo_max_ratio: float = Field(5.0, gt=0, description="cispo: what a token's ratio is cut to")
+    importance_cap: float | Literal["auto"] | None = Field(
+        "auto",
+        description="the ratio to the sampling policy, cut to this, weighs the tokens instead of being clipped;"
+        " null: it is clipped; auto: null without staleness, else 2",
+    )
+    staleness: int = Field(
+        0, ge=0, le=64, description="how many optimizer steps the weights that sampled may be behind"
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="loss -= entropy_coef x mean entropy of the sampled tokens"
+    )
     kl_coef: float = Field(0.0, ge=0, description="of the KL to the model without its adapter; costs a forward pass")
     advantage_scale: Literal["none", "group"] = "none"
     baseline: Literal["mean", "leave_one_out"] = "mean"
@@ -172,8 +185,10 @@ class TrainingConfig(Config):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw", description="the 8-bit ones need the package bitsandbytes"
     )
-    sync: Literal["auto", "adapter", "merged", "reload"] = Field(
-        "auto", description="how new weights reach the engine; reload is for model.lora: null"
+    sync: Literal["auto", "adapter", "merged", "reload", "transfer"] = Field(
+        "auto",
+        description="how new weights reach the engine; for model.lora: null reload (from disk), or transfer (from GPU"
+        " memory to one vLLM server: CUDA IPC to a launched one, NCCL to engine.url)",
     )
     max_logprob_gap: float = Field(
         0.2, gt=0, description="mean |engine - trainer| log-probability; beyond it the run stops"
@@ -181,6 +196,45 @@ class TrainingConfig(Config):
     checkpoint_every: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1, description="the newest ones")
     keep_best: int = Field(1, ge=0, description="beside them, those with the best validation grades")
+
+    @property
+    def effective_importance_cap(self) -> float | None:
+        """What `importance_cap` comes to: null where the ratio is clipped, and for cispo, which cuts it itself."""
+        if self.importance_cap == "auto":
+            return _AUTO_IMPORTANCE_CAP if self.staleness > 0 and self.loss != "cispo" else None
+        return self.importance_cap
+
+    @field_validator("importance_cap", mode="before")
+    @classmethod
+    def _is_a_cap(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None or value == "auto" or (is_number and 1 <= value < math.inf):
+            return value
+        raise ValueError("input should be a number of at least 1, null or auto")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> TrainingConfig:
+        """Refuses what is set and would be ignored. A value that equals its default, as in a dump, is not set."""
+        for name, reason in self._ignored():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {reason}")
+        return self
+
+    def _ignored(self) -> Iterator[tuple[str, str]]:
+        clips = ("clip_low", "clip_high", "max_ratio")
+        if self.loss == "cispo":
+            yield from ((name, "has no effect with loss: cispo; remove it, or choose another loss") for name in clips)
+            if self.importance_cap not in (None, "auto"):
+                yield (
+                    "importance_cap",
+                    "is not for loss: cispo, which cuts the ratio itself; set cispo_max_ratio instead",
+                )
+            return
+        yield "cispo_max_ratio", f"has no effect with loss: {self.loss}; remove it, or set loss: cispo"
+        cap = self.effective_importance_cap
+        if cap is not None:
+            reason = f"has no effect where the ratio is a weight (importance_cap comes to {cap:g})"
+            yield from ((name, f"{reason}; remove it, or set importance_cap: null") for name in clips)
 
 
 class EvaluationConfig(Config):
@@ -253,8 +307,12 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.sync is {sync}, but model.lora is null: there is no adapter; use reload or auto"
             )
-        if not is_full and sync == "reload":
+        if not is_full and sync in ("reload", "transfer"):
             raise ValueError(f"training.sync is {sync}, which is for model.lora: null; use adapter, merged or auto")
+        if sync == "transfer" and not isinstance(self.engine, VllmEngineConfig):
+            raise ValueError(f"training.sync is transfer, but engine.type is {self.engine.type}; use reload or auto")
+        if sync == "transfer" and isinstance(urls := getattr(self.engine, "url", None), list) and len(urls) > 1:
+            raise ValueError("training.sync is transfer, which serves one engine.url, not several; use reload or auto")
         return self
 
     @model_validator(mode="after")

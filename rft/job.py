@@ -25,6 +25,7 @@ from rft.config import RunConfig
 from rft.engines import sync_kind
 from rft.errors import RftError
 from rft.metrics import group_metrics, rollout_metrics, sampling_line
+from rft.pipeline import Pipeline
 from rft.preflight import check_fits, load_splits, open_store
 from rft.progress import Display
 from rft.report import final_table, write_report
@@ -177,8 +178,8 @@ def _sample_and_train(job: _Job) -> None:
     with job.display.phase("starting the engine and loading the model") as phase:
         policy = job.watchdog.run(start_with_policy(config, parts, store, job.stack, phase.status))
     sync = Sync(_sync_kind(config, policy), store.weights, config.model.path, config.model.dtype)
-    sampling = _sampling(job, parts)
-    leader = SamplingLeader(config, store, job.display, sampling, parts.engine, sync, job.chat.first_prompt)
+    pipeline = Pipeline(_sampling(job, parts))
+    leader = SamplingLeader(config, store, job.display, pipeline, parts.engine, sync, job.chat.first_prompt)
     _train(job, policy, leader)
     sync.clear()
 
@@ -196,7 +197,7 @@ def _train(job: _Job, policy: Policy, leader: Leader) -> None:
 
     with policy.ranks.leading():
         step = _restore(job, policy)
-        _rewind(job, step, staleness=0)
+        _rewind(job, step, job.config.training.staleness)
         train(job.config, policy, leader, step + 1)
 
 
@@ -206,7 +207,7 @@ def _sample_only(job: _Job) -> None:
         job.watchdog.run(start_parts(job.config, parts, job.store, job.stack, phase.status))
     sampling, last = _sampling(job, parts), job.config.training.steps
     done = max((row["step"] for row in job.store.metrics() if row.get("kind") == "sampling"), default=0)
-    _rewind(job, done, staleness=None)
+    _rewind(job, done, None)
     for step in range(done + 1, last + 1):
         groups = sampling.groups(step)
         row: dict[str, Any] = {"step": step, "kind": "sampling", **group_metrics(groups)}
@@ -270,7 +271,7 @@ def _rewind(job: _Job, step: int, staleness: int | None) -> None:
         job.display.line(f"continuing after step {step}{used}")
 
 
-def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged"]:
+def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged", "transfer"]:
     return sync_kind(config.training.sync, policy.device.type, is_lora=config.model.lora is not None)
 
 

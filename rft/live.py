@@ -47,7 +47,7 @@ class Live(Record):
     time: float  # Unix seconds
     pid: int
     phase: str
-    is_active: bool  # whether the loop runs: rollouts are sampled, an engine starts; else the trainer computes
+    is_active: bool  # whether the loop runs: rollouts are sampled, an engine starts; else the trainer alone computes
     num_in_flight: int
     num_finished: int
     num_discarded: int
@@ -118,7 +118,7 @@ def waits_table(waiting: list[Waiting]) -> list[str]:
 def live_lines(live: Live) -> list[str]:
     """The moment in a few lines, as a person reads it."""
     when = time.strftime("%H:%M:%S", time.localtime(live.time))
-    activity = "" if live.is_active else " (the trainer computes, nothing is sampled)"
+    activity = "" if live.is_active or live.num_in_flight else " (the trainer computes, nothing is sampled)"
     lines = [
         f"rft process {live.pid} at {when}: {live.phase or 'between two phases'}{activity}",
         f"  rollouts: {live.num_in_flight} in flight, {live.num_finished} finished, {live.num_discarded} discarded"

@@ -86,6 +86,23 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How many optimizer steps the weights that sampled were behind those that were trained, over the sampled tokens.
+
+    Step s trains version s - 1. Both are 0 without any token.
+    """
+    num_tokens: Counter[int] = Counter()
+    for group in groups:
+        for rollout in group.rollouts:
+            for turn in rollout.turns:
+                num_tokens[group.step - 1 - turn.policy_version] += len(turn.output_ids)
+    behind = sum(steps * num for steps, num in num_tokens.items())
+    return {
+        "staleness/mean": behind / max(1, num_tokens.total()),
+        "staleness/max": max((steps for steps, num in num_tokens.items() if num), default=0),
+    }
+
+
 def _grader_metrics(grades: Sequence[Grade]) -> dict[str, float]:
     """Errors per flag, seconds and judge tokens per rollout, the share of grades that came from the cache."""
     leaves = [leaf for grade in grades for leaf in grade.leaves]
@@ -178,8 +195,17 @@ def step_line(row: dict[str, Any], num_steps: int) -> str:
         f"  useful groups {row['groups/total'] - row['groups/no_signal']}/{row['groups/total']}"
         f"  log-prob gap {row['logprob_gap/mean']:.4f}"
         f"  {row['time/step_s']:.1f} s (sampling {row['time/sampling_s']:.1f}, training {row['time/training_s']:.1f},"
-        f" sync {row['time/sync_s']:.1f})"
+        f" sync {row['time/sync_s']:.1f}){_hidden(row)}"
     )
+
+
+def _hidden(row: dict[str, Any]) -> str:
+    """How much of the sampling cost no time, for a line; "" when nothing was sampled beside training."""
+    hidden_s = row.get("time/hidden_s", 0.0)
+    if not hidden_s:
+        return ""
+    stale = f", {row['groups/stale']} stale groups" if row.get("groups/stale") else ""
+    return f"  {hidden_s:.1f} s of sampling hidden, {row['staleness/mean']:.2f} steps behind{stale}"
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ and its place in it. Training on it from the same start makes the same weights.
 
 from __future__ import annotations
 
-from rft.collect import ATTEMPTS_PER_ROUND
+from rft.collect import ATTEMPTS_PER_REFILL, ATTEMPTS_PER_ROUND
 from rft.config import RunConfig
 from rft.data import further_items, items_for_step
 from rft.errors import UserError
@@ -32,10 +32,16 @@ def stored_groups(store: RunStore, items: list[Item], config: RunConfig, step: i
 
 
 def _group(item: Item, step: int, rollouts: list[Rollout], discards: list[Rollout]) -> Group:
-    """Rollouts in the order they were asked for: by round, then by place; a replacement has its predecessor's place."""
+    """Rollouts in the order they were asked for: by round, then by place; a replacement has its predecessor's place.
+
+    Of a group that was sampled anew (its tokens were too old) the last sampling counts.
+    """
+    last = max(rollout.attempt // ATTEMPTS_PER_REFILL for rollout in rollouts)
+    discards = [rollout for rollout in discards if rollout.attempt // ATTEMPTS_PER_REFILL == last]
     rounds: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
-        rounds.setdefault(rollout.attempt // ATTEMPTS_PER_ROUND, []).append(rollout)
+        if rollout.attempt // ATTEMPTS_PER_REFILL == last:
+            rounds.setdefault(rollout.attempt // ATTEMPTS_PER_ROUND, []).append(rollout)
     ordered: list[Rollout] = []
     for number, members in sorted(rounds.items()):
         first, size = number * ATTEMPTS_PER_ROUND, len(members)

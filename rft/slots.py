@@ -1,4 +1,4 @@
-"""Places for rollouts in flight: first come, first served, as many as the engine can feed.
+"""Places for rollouts in flight: the earlier step first, then first come, as many as the engine can feed.
 
 A rollout that waits for a tool costs the engine nothing, so there may be more rollouts in flight than the engine
 samples at once; too many, and their contexts push each other out of its prefix cache. The number therefore follows the
@@ -8,8 +8,9 @@ engine's own queue: additive up while nobody waits there, multiplicative down wh
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
+from heapq import heappop, heappush
+from itertools import count
 
 from rft.engines import EngineLoad
 from rft.errors import EngineError
@@ -30,15 +31,16 @@ class Slots:
         self.limit = self._least = min(start, most)
         self._most = most
         self.num_taken = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: step, order of arrival
+        self._arrivals = count()
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    async def acquire(self) -> None:
+    async def acquire(self, step: int = 0) -> None:
         place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        heappush(self._waiting, (step, next(self._arrivals), place))
         self._admit()
         try:
             await place
@@ -71,7 +73,7 @@ class Slots:
 
     def _admit(self) -> None:
         while self._waiting and self.num_taken < self.limit:
-            place = self._waiting.popleft()
+            place = heappop(self._waiting)[2]
             if not place.cancelled():
                 self.num_taken += 1
                 place.set_result(None)

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from rft.trainers.batch import build_micro_batches, count_tokens, split_over_ranks
+from rft.trainers.packing import ROW_COST
 from rft.types import Grade, Group, Item, Message, Rollout, StopReason, Turn
+
+IMBALANCE = 1.2  # the busiest rank's work over the mean, for a few dozen short sequences
 
 
 def turn(inputs: list[int], outputs: list[int], is_fork: bool = False) -> Turn:
@@ -135,7 +138,7 @@ def test_rows_respect_the_limit_and_lose_nothing():
     groups = [random_group(1), random_group(2)]
     whole = build_micro_batches(groups, values(groups), 10_000, "packed")
     parts = build_micro_batches(groups, values(groups), 50, "packed")
-    assert len(whole) == 2 < len(parts)
+    assert len(whole) == 1 < len(parts)
     assert all(batch.num_row_tokens <= 50 for batch in parts)
     expected = sum(rollout.num_sampled_tokens for one in groups for rollout in one.rollouts)
     assert count_tokens(parts) == count_tokens(whole) == expected
@@ -156,8 +159,67 @@ def test_building_is_deterministic():
         assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.targets, other.targets)
 
 
+def test_groups_of_one_row_share_their_beginnings_and_nothing_else():
+    """Two groups with the same instructions, one with others: a forest of two tries."""
+    first = group([[turn([1, 2, 3], [4, 5])], [turn([1, 2, 3], [6])]], "first")
+    second = group([[turn([1, 2, 7], [8])], [turn([1, 2, 7], [4, 5, 6])]], "second")
+    third = group([[turn([9, 2, 3], [4, 5])], [turn([9, 2, 3], [6, 6])]], "third")
+    (row,) = build_micro_batches([first, third, second], [torch.tensor([-1.0, 1.0])] * 3, 100, "packed")
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 7, 4, 5, 9, 2, 3, 4, 6]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 3, 3]]
+    assert row.subtree_end.tolist() == [[7, 7, 4, 4, 7, 7, 7, 12, 12, 12, 11, 12]]
+    assert row.targets.tolist() == [4, 5, 6, 4, 5, 6, 6, 8, 4, 5, 6], "by (sequence, time), not by place in the row"
+    assert row.rollout_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 4, 5, 5, 5]
+    mask = row.attention_mask[0, 0].int().tolist()
+    assert mask[5] == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert mask[11] == [0] * 7 + [1, 1, 1, 0, 1]
+
+
+def many_groups(seed: int, num_groups: int, common: int = 30) -> list[Group]:
+    """Groups of 2 to 8 random rollouts, with forks, that all begin alike."""
+    draw = random.Random(seed)
+    start = [draw.randrange(60) for _ in range(common)]
+    groups = [random_group(100 * seed + index, draw.randint(2, 8)) for index in range(num_groups)]
+    for one in groups:
+        for rollout in one.rollouts:
+            for part in rollout.turns:
+                if part.is_fork or part is rollout.turns[0]:
+                    part.input_ids[:0] = start
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_of_several_groups_computes_less(seed):
+    groups = many_groups(seed, 6)
+    for limit in (120, 300, 10_000):
+        together = build_micro_batches(groups, values(groups), limit, "packed")
+        apart = [row for one in groups for row in build_micro_batches([one], values([one]), limit, "packed")]
+        assert all(row.num_row_tokens <= limit for row in together)
+        assert count_tokens(together) == count_tokens(apart)
+        costs = [sum(row.num_row_tokens + ROW_COST for row in rows) for rows in (together, apart)]
+        assert costs[0] < costs[1] or (limit == 120 and costs[0] == costs[1]), "120: no room for two groups"
+
+
+@pytest.mark.parametrize("num_groups", [4, 12])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_get_equal_counts_and_nearly_equal_work(num_ranks, num_groups):
+    for seed in range(3):
+        groups = many_groups(seed, num_groups)
+        for limit in (150, 400, 10_000):
+            batches = build_micro_batches(groups, values(groups), limit, "packed", num_ranks)
+            ranks = split_over_ranks(batches, num_ranks)
+            assert len({len(rank) for rank in ranks}) == 1
+            assert sum(len(rank) for rank in ranks) == len(batches), "no padding"
+            assert all(batch.num_row_tokens <= limit for batch in batches)
+            assert sum(count_tokens(rank) for rank in ranks) == sum(
+                rollout.num_sampled_tokens for one in groups for rollout in one.rollouts
+            )
+            work = [sum(batch.num_row_tokens for batch in rank) for rank in ranks]
+            assert max(work) <= IMBALANCE * sum(work) / num_ranks
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
-def test_ranks_get_equal_counts_and_balanced_work(num_ranks):
+def test_rows_made_for_one_rank_can_be_dealt_to_several(num_ranks):
     groups = [random_group(seed, num_rollouts=3 + seed) for seed in range(6)]
     batches = build_micro_batches(groups, values(groups), 60, "packed")
     ranks = split_over_ranks(batches, num_ranks)

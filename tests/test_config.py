@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rft.config import RunConfig, load_config
+from rft.config import RunConfig, TrainingConfig, load_config, validate_config
 from rft.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -56,6 +56,51 @@ def test_a_wrong_value_is_named(tmp_path: Path, override: str, message: str) -> 
         load_config(written(tmp_path, tree), [override])
     assert message in str(caught.value)
     assert "cure" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cispo_max_ratio": 3.0}, "cispo_max_ratio has no effect with loss: dapo; remove it, or set loss: cispo"),
+        ({"loss": "gspo", "cispo_max_ratio": 3.0}, "cispo_max_ratio has no effect with loss: gspo"),
+        ({"loss": "cispo", "clip_low": 0.1}, "clip_low has no effect with loss: cispo; remove it"),
+        ({"loss": "cispo", "clip_high": 0.1}, "clip_high has no effect with loss: cispo; remove it"),
+        ({"loss": "cispo", "max_ratio": 4.0}, "max_ratio has no effect with loss: cispo; remove it"),
+        (
+            {"loss": "cispo", "importance_cap": 2.0},
+            "importance_cap is not for loss: cispo, which cuts the ratio itself",
+        ),
+        ({"importance_cap": 3, "max_ratio": 4.0}, "max_ratio has no effect where the ratio is a weight"),
+        ({"importance_cap": 3, "clip_low": 0.1}, "clip_low has no effect where the ratio is a weight"),
+        ({"staleness": 1, "clip_high": 0.4}, "(importance_cap comes to 2); remove it, or set importance_cap: null"),
+        ({"importance_cap": "often"}, "training.importance_cap: input should be a number of at least 1, null or auto"),
+        ({"importance_cap": 0.5}, "training.importance_cap: input should be a number of at least 1, null or auto"),
+        ({"staleness": 65}, "training.staleness: input should be less than or equal to 64"),
+        ({"entropy_coef": -0.1}, "training.entropy_coef: input should be greater than or equal to 0"),
+    ],
+)
+def test_options_that_a_loss_would_ignore_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate_config(MINIMAL | {"training": {"steps": 3, **options}}, "run.yaml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "cap"),
+    [
+        ({}, None),
+        ({"staleness": 1}, 2.0),
+        ({"staleness": 1, "loss": "cispo", "cispo_max_ratio": 3.0}, None),
+        ({"staleness": 1, "importance_cap": None, "clip_low": 0.1, "max_ratio": 4.0}, None),
+        ({"importance_cap": 3}, 3.0),
+        ({"loss": "gspo", "staleness": 4, "importance_cap": 1.5}, 1.5),
+    ],
+)
+def test_importance_cap_and_its_dump(options: dict[str, object], cap: float | None) -> None:
+    """A dump names every key, those without effect too: it is a valid config and the same one."""
+    training = TrainingConfig.model_validate({"steps": 3, **options})
+    assert training.effective_importance_cap == cap
+    assert TrainingConfig.model_validate(training.model_dump(mode="json")) == training
 
 
 def test_a_missing_file_and_a_broken_file_are_named(tmp_path: Path) -> None:

@@ -326,11 +326,14 @@ def test_engine_that_was_not_started_says_so(folder: Path) -> None:
 class FaultyVllm:
     """A server on loopback that answers `/v1/completions` with each of `replies` in turn, the last one for ever.
 
-    A reply is an HTTP status, "drop" (the connection is closed) or "hang"; 200 comes with a completion of one id.
+    A reply is an HTTP status, "drop" (the connection is closed), "hang", or "wait" for a 200 once `gate` is set; 200
+    comes with a completion of one id. `adapters`: what was asked of adapters, in order.
     """
 
     def __init__(self, *replies: int | str) -> None:
         self.replies, self.bodies, self.url = list(replies), list[dict[str, Any]](), ""
+        self.adapters: list[str] = []
+        self.gate = asyncio.Event()
 
     async def __aenter__(self) -> FaultyVllm:
         self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
@@ -349,6 +352,11 @@ class FaultyVllm:
             if "/completions" in head:
                 self.bodies.append(body)
                 reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+            if "_lora_adapter" in head:
+                self.adapters.append(f"{'unload' if '/unload' in head else 'load'} {body['lora_name']}")
+            if reply == "wait":
+                await self.gate.wait()
+                reply = 200
             if reply == "hang":
                 await reader.read()
             elif reply != "drop":
@@ -371,6 +379,35 @@ def ask_faulty(*replies: int | str, **changes: Any) -> tuple[Completion, list[di
                 await engine.close()
 
     return asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_an_adapter_that_is_sampled_from_stays_until_its_requests_end() -> None:
+    """A request of version 1 is in flight while versions 2 and 3 arrive: version 3 waits to push version 1 out."""
+
+    async def story() -> tuple[Completion, FaultyVllm]:
+        async with FaultyVllm("wait", 200) as server:
+            config = VllmEngineConfig(max_model_len=64, request_timeout_s=20.0)
+            engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"), 8, url=server.url)
+            try:
+                await engine.start()
+                await engine.load(PublishedWeights(1, Path("v1"), "adapter"))
+                request = asyncio.create_task(engine.generate([1, 2], sampling(stop=(4,)), "trace_1"))
+                while not server.bodies:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # until the server has it
+                await engine.load(PublishedWeights(2, Path("v2"), "adapter"))
+                third = asyncio.create_task(engine.load(PublishedWeights(3, Path("v3"), "adapter")))
+                await asyncio.wait([third], timeout=0.2)
+                assert not third.done() and server.adapters == [f"load m-v00000{version}" for version in (1, 2, 3)]
+                assert (await engine.generate([1, 2], sampling(stop=(4,)), "trace_2")).policy_version == 3
+                server.gate.set()
+                await third
+                return await request, server
+            finally:
+                await engine.close()
+
+    completion, server = asyncio.run(asyncio.wait_for(story(), 20))
+    assert completion.policy_version == 1 and server.bodies[0]["model"] == "m-v000001"
+    assert server.adapters[3:] == ["unload m-v000001"]
 
 
 def test_request_shapes_nothing_but_the_temperature() -> None:

@@ -19,7 +19,7 @@ FLOORS = {
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.sift rft.checkpoints rft.budget rft.reuse",
     5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch",
-    6: "rft.collect rft.evaluate rft.sampling rft.replay",
+    6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.doctor rft.report rft.export "
     "rft.assembly rft.preflight rft.regrade rft.show rft.transcript",
     8: "rft.job",

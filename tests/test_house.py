@@ -72,7 +72,9 @@ def test_pinned_set_fits_the_requirements() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & pins.keys()
 
 
-SCRIPTS = "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts"
+SCRIPTS = (
+    "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts bench_trainer"
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS.split())

@@ -24,8 +24,9 @@ from transformers import (
 
 from rft.config import LoraConfig, ModelConfig, TrainingConfig
 from rft.errors import ConfigError, UserError
-from rft.trainers.attention import block_mask
-from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens, weigh
+from rft.trainers import attention
+from rft.trainers.attention import attention_inputs, block_mask, cut_chains
+from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens, split_over_ranks, weigh
 from rft.trainers.policy import Policy
 from rft.trainers.ranks import build_accelerator
 
@@ -96,19 +97,23 @@ def test_packed_equals_plain(tmp_path, kind):
         assert (other_gradient - gradient).norm() / gradient.norm() < 1e-5
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite"])
-def test_logprobs_and_gradients_are_those_of_plain_autograd(tmp_path, kind, sync):
+def test_logprobs_and_gradients_are_those_of_plain_autograd(tmp_path, kind, sync, entropy_coef):
     """Against transformers' own logits and torch's own autograd, nothing of ours in between."""
-    policy = make_policy(model_folder(tmp_path, kind), sync=sync)
+    policy = make_policy(model_folder(tmp_path, kind), sync=sync, entropy_coef=entropy_coef)
     (batch,) = build_micro_batches([random_group(2)], [torch.linspace(-1, 1, 8)], 10_000, "plain")
     ours = gradients(policy, [batch])
     policy.optimizer.zero_grad()
     logits = policy.causal_lm(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.predictors] / 0.8
-    expected = torch.log_softmax(logits.float(), -1)[batch.predictor_index, batch.targets]
+    logs = torch.log_softmax(logits.float(), -1)
+    expected = logs[batch.predictor_index, batch.targets]
     ratio = (expected - batch.sampled_logprobs).exp()
     clipped = ratio.clamp(0.8, 1.28)
-    (-torch.min(ratio * batch.advantages, clipped * batch.advantages).sum() / batch.num_tokens).backward()
+    entropies = -(logs.exp() * logs).sum(-1)[batch.predictor_index]
+    per_token = torch.min(ratio * batch.advantages, clipped * batch.advantages) + entropy_coef * entropies
+    (-per_token.sum() / batch.num_tokens).backward()
     theirs = torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
     assert (policy.logprobs(batch) - expected).abs().max() < 2e-5
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
@@ -180,6 +185,15 @@ def test_steps_raise_what_was_rewarded(tmp_path, dtype):
     assert (policy.logprobs(batch) - before)[rewarded].mean() > 0.01
 
 
+def test_the_entropy_bonus_raises_the_entropy(tmp_path):
+    policy = make_policy(model_folder(tmp_path), entropy_coef=0.1)
+    (batch,) = build_micro_batches([random_group(0)], [torch.zeros(8)], 10_000, "packed")
+    stats = [policy.step([batch], batch.num_tokens) for _ in range(3)]
+    assert stats[0].entropy < stats[1].entropy < stats[2].entropy
+    entropies = policy._scorer(batch, 0.8)[1][batch.predictor_index]  # of the tokens, not of the distinct positions
+    assert policy.step([batch], batch.num_tokens).loss == pytest.approx(-0.1 * entropies.mean().item(), rel=1e-5)
+
+
 def test_equal_grades_leave_the_weights_alone(tmp_path):
     policy = make_policy(model_folder(tmp_path))
     batches = build_micro_batches([random_group(0)], [torch.zeros(8)], 10_000, "packed")
@@ -210,7 +224,7 @@ def test_score_is_at_temperature_one(tmp_path):
 def test_micro_batches_check_the_packed_layout_once(tmp_path):
     groups = [random_group(0), random_group(1)]
     policy = make_policy(model_folder(tmp_path))
-    assert [batch.layout for batch in policy.micro_batches(groups, values(groups))] == ["packed", "packed"]
+    assert [batch.layout for batch in policy.micro_batches(groups, values(groups))] == ["packed"]
     plain = make_policy(model_folder(tmp_path), batch="plain")
     assert {batch.layout for batch in plain.micro_batches(groups, values(groups))} == {"plain"}
 
@@ -287,17 +301,24 @@ if policy.ranks.leads:
 """
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss):
-    policy = make_policy(model_folder(tmp_path), loss=loss, kl_coef=0.1)
+@pytest.mark.parametrize(
+    ("loss", "staleness"),
+    [("grpo", 0), ("dapo", 0), ("dr_grpo", 0), ("gspo", 0), ("cispo", 0), ("dapo", 1), ("gspo", 1)],
+)
+def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss, staleness):
+    policy = make_policy(model_folder(tmp_path), loss=loss, kl_coef=0.1, entropy_coef=0.1, staleness=staleness)
+    assert policy.objective.importance_cap == (2.0 if staleness else None)
     groups = [random_group(seed) for seed in range(3)]
     found = []
-    for layout, limit in [("packed", 10_000), ("packed", 50), ("plain", 10_000)]:
-        batches = build_micro_batches(groups, values(groups), limit, layout)
-        found.append(gradients(policy, weigh(batches, loss, max_length=40)))
+    splits = [("packed", 10_000, 1), ("packed", 120, 1), ("packed", 120, 2), ("packed", 50, 3), ("plain", 10_000, 1)]
+    for layout, limit, num_ranks in splits:
+        batches = weigh(build_micro_batches(groups, values(groups), limit, layout, num_ranks), loss, max_length=40)
+        ranks = split_over_ranks(batches, num_ranks)
+        found.append(sum(gradients(policy, rank) for rank in ranks))
     assert found[0].abs().max() > 0
-    for other in found[1:]:
-        assert (other - found[0]).norm() / found[0].norm() < 1e-5
+    for other in found[1:-1]:
+        assert (other - found[0]).norm() / found[0].norm() < 1e-6
+    assert (found[-1] - found[0]).norm() / found[0].norm() < 1e-5, "the plain layout has other kernels"
 
 
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
@@ -353,10 +374,63 @@ def test_the_step_does_not_depend_on_ranks_or_splits(tmp_path):
             assert (one - other).abs().max() < 1e-4  # AdamW's first step divides small gradients by themselves
 
 
+def forest() -> MicroBatch:
+    """One row of three groups: two begin alike, the third does not; the first token of each is its root."""
+    groups = [random_group(seed) for seed in (4, 5, 6)]
+    for one, start in zip(groups, ([1, 2, 3], [1, 2, 4], [7]), strict=True):
+        for rollout in one.rollouts:
+            rollout.turns[0].input_ids[:0] = start
+    (batch,) = build_micro_batches(groups, values(groups), 10_000, "packed")
+    assert (batch.position_ids == 0).sum() >= 2
+    return batch
+
+
 def test_the_block_mask_for_gpus_says_what_the_dense_mask_says():
     """FlexAttention itself needs a GPU; the relation it is given does not."""
-    for batch in build_micro_batches([random_group(4)], [torch.zeros(8)], 10_000, "packed"):
-        position = torch.arange(batch.input_ids.shape[1])
-        zero = torch.tensor(0)
-        relation = block_mask(batch).mask_mod(zero, zero, position[:, None], position[None, :])
-        assert torch.equal(relation, batch.attention_mask[0, 0])
+    batch = forest()
+    position = torch.arange(batch.input_ids.shape[1])
+    zero = torch.tensor(0)
+    relation = block_mask(batch).mask_mod(zero, zero, position[:, None], position[None, :])
+    assert torch.equal(relation, batch.attention_mask[0, 0])
+
+
+@pytest.mark.parametrize("longest", [3, 256])
+def test_chains_say_what_the_dense_mask_says(monkeypatch, longest):
+    monkeypatch.setattr(attention, "_MAX_QUERIES", longest)
+    batch = forest()
+    chains, found = cut_chains(batch), torch.zeros_like(batch.attention_mask[0, 0])
+    for spans, length in zip(chains.keys, chains.lengths, strict=True):
+        keys = torch.cat([torch.arange(start, end) for start, end in spans])
+        for index, query in enumerate(keys[-length:]):
+            found[query, keys[: keys.numel() - length + index + 1]] = True
+    assert max(chains.lengths) <= longest and sum(chains.lengths) == batch.num_row_tokens
+    assert torch.equal(found, batch.attention_mask[0, 0])
+
+
+def test_attention_keeps_what_the_row_has_however_it_branches(tmp_path):
+    """The bytes kept for the backward pass follow from the row's tokens, not from the paths through it."""
+    policy = make_policy(model_folder(tmp_path))
+    kept = []
+    for count, length in ((2, 32), (32, 2)):  # 40 tokens, and 64 below them
+        one = group([[turn(list(range(40)), [index, *range(length)])] for index in range(count)])
+        (batch,) = build_micro_batches([one], values([one]), 10_000, "packed")
+        assert batch.num_row_tokens == 104
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            causal_lm = policy.causal_lm
+            causal_lm.model(batch.input_ids, position_ids=batch.position_ids, **attention_inputs(causal_lm, batch))
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_forest_computes_what_its_trees_compute(tmp_path, kind):
+    policy, groups = make_policy(model_folder(tmp_path, kind)), [random_group(seed) for seed in range(4)]
+    together = build_micro_batches(groups, values(groups), 10_000, "packed")
+    dealt = build_micro_batches(groups, values(groups), 100, "packed", num_ranks=2)
+    plain = build_micro_batches(groups, values(groups), 10_000, "plain")
+    assert len(together) == 1 and len(dealt) % 2 == 0
+    expected = gradients(policy, plain)
+    for batches in (together, dealt):
+        assert (policy._in_order(batches) - policy._in_order(plain)).abs().max() < 2e-5
+        assert (gradients(policy, batches) - expected).norm() / expected.norm() < 1e-5

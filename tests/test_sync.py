@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,11 @@ class PlainPolicy:
         return scores
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
+        tied = self.model.all_tied_weights_keys
+        return {name: value for name, value in self.model.state_dict().items() if name not in tied}
+
+    def full_tensors(self) -> Generator[tuple[str, Tensor], None, None]:
+        yield from self.full_state_dict().items()
 
     def save_weights(self, path: Path) -> None:
         path.mkdir()

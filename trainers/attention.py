@@ -25,34 +25,51 @@ CHAINS = "rft_chains"  # the name of the CPU implementation in transformers' reg
 _MAX_QUERIES = 256
 
 
+Spans = tuple[tuple[int, int], ...]  # runs of row positions, (start, end exclusive)
+
+
 @dataclass(frozen=True, slots=True)
 class Chains:
-    """A packed row cut into chains, in row order: chain i has `lengths[i]` queries and `num_keys[i]` keys."""
+    """A packed row cut into chains, in row order."""
 
+    keys: list[Spans]  # of each chain: its path from the root, the last `lengths[i]` positions its own
     lengths: list[int]
-    num_keys: list[int]
-    keys: Tensor  # [sum(num_keys)] int64 row positions: each chain's ancestors, then itself
     future: Tensor  # [L, L] float32, L the longest chain: -inf where the key (dim 1) comes after the query, else 0
 
 
 def cut_chains(micro_batch: MicroBatch) -> Chains:
     """The chains of a packed row (B = 1): a token continues its predecessor's chain when it is its only child.
 
-    Long chains are cut on: what comes after a piece need not be computed for it.
+    Long chains are cut on: what comes after a piece need not be computed for it. Takes time in proportion to the
+    tokens and the chains.
     """
     ends, depths = micro_batch.subtree_end[0], micro_batch.position_ids[0]
     starts_chain = torch.ones_like(ends, dtype=torch.bool)
     starts_chain[1:] = (depths[1:] != depths[:-1] + 1) | (ends[1:] != ends[:-1])
     borders = [*starts_chain.nonzero()[:, 0].tolist(), ends.numel()]
-    pieces = [
-        (start, min(start + _MAX_QUERIES, border))
-        for first, border in itertools.pairwise(borders)
-        for start in range(first, border, _MAX_QUERIES)
-    ]
-    keys = [torch.cat([(ends[:start] > start).nonzero()[:, 0], torch.arange(start, end)]) for start, end in pieces]
-    lengths = [end - start for start, end in pieces]
-    future = torch.full((max(lengths), max(lengths)), float("-inf")).triu(1)
-    return Chains(lengths, [key.numel() for key in keys], torch.cat(keys), future)
+    path: Spans = ()
+    keys: list[Spans] = []
+    lengths: list[int] = []
+    for first, border in itertools.pairwise(borders):
+        path = _first(path, int(depths[first]))
+        for start in range(first, border, _MAX_QUERIES):
+            end = min(start + _MAX_QUERIES, border)
+            path = (*path[:-1], (path[-1][0], end)) if path and path[-1][1] == start else (*path, (start, end))
+            keys.append(path)
+            lengths.append(end - start)
+    future = torch.full((max(lengths), max(lengths)), float("-inf"), device=ends.device).triu(1)
+    return Chains(keys, lengths, future)
+
+
+def _first(spans: Spans, count: int) -> Spans:
+    """The first `count` positions of `spans`."""
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if count <= 0:
+            break
+        found.append((start, min(end, start + count)))
+        count -= end - start
+    return tuple(found)
 
 
 def attention_inputs(model: PreTrainedModel, micro_batch: MicroBatch) -> dict[str, Any]:
@@ -111,55 +128,74 @@ def _chains_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, H, T, D]
     key: Tensor,  # [1, H_kv, T, D]
-    value: Tensor,  # [1, H_kv, T, D]
+    value: Tensor,  # [1, H_kv, T, D_v]
     attention_mask: Tensor | None,
     chains: Chains | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface -> [1, T, H, D]; without `chains` it is transformers' SDPA."""
+    """transformers' attention interface -> [1, T, H, D_v]; without `chains` it is transformers' SDPA."""
     if chains is None:
         kwargs["scaling"] = scaling
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    outputs = [
-        _ChainAttention.apply(q, k, v, chains.future, scale)  # type: ignore[no-untyped-call]
-        for q, k, v in zip(
-            query[0].split(chains.lengths, 1),
-            key[0].index_select(1, chains.keys).split(chains.num_keys, 1),
-            value[0].index_select(1, chains.keys).split(chains.num_keys, 1),
-            strict=True,
-        )
-    ]
-    return torch.cat(outputs, 1).transpose(0, 1).contiguous()[None], None
+    output = _TrieAttention.apply(query[0], key[0], value[0], chains, scale)  # type: ignore[no-untyped-call]
+    return output[None], None
 
 
-class _ChainAttention(torch.autograd.Function):
-    """softmax(scale * q k^T + future) v for one chain whose last keys are its own; the softmax is in float32.
+class _TrieAttention(torch.autograd.Function):
+    """For every chain: softmax(scale * q k^T + future) v over its path, the softmax in float32.
 
-    q: [H, n, D]; k, v: [G, m, D] with m >= n, each shared by H / G query heads. The probabilities ([H, n, m]) are
-    made again in the backward pass instead of being kept for every layer.
+    query: [H, T, D]; key: [G, T, D]; value: [G, T, D_v], each shared by H / G query heads -> [T, H, D_v]. What is kept
+    for the backward pass has the row's length: the probabilities ([H, n, m]) and the chains' own copies of their paths
+    are made again, so that memory does not depend on how the row branches.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, future: Tensor, scale: float) -> Tensor:
-        rows = q.reshape(k.shape[0], -1, q.shape[2])  # the query heads of one key head, below each other
-        output = torch.bmm(_probabilities(rows, k, future, q.shape[1], scale).to(v.dtype), v)
-        ctx.save_for_backward(rows, k, v, output, future)
-        ctx.shape, ctx.scale = q.shape, scale
-        return output.view(q.shape)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, chains: Chains, scale: float) -> Tensor:
+        output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        for spans, length in zip(chains.keys, chains.lengths, strict=True):
+            end = spans[-1][1]
+            k, v = _gather(key, spans), _gather(value, spans)
+            q = query[:, end - length : end].reshape(k.shape[0], -1, k.shape[2])
+            found = torch.bmm(_probabilities(q, k, chains.future, length, scale).to(v.dtype), v)
+            output[end - length : end] = found.view(-1, length, v.shape[2]).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.chains, ctx.scale = chains, scale
+        return output
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, k, v, output, future = ctx.saved_tensors
-        grad = outputs[0].reshape(rows.shape)
-        probabilities = _probabilities(rows, k, future, ctx.shape[1], ctx.scale)
-        grad_v = torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grad)
-        mean = (grad.float() * output.float()).sum(-1, keepdim=True)
-        grad_scores = torch.bmm(grad, v.transpose(1, 2)).float().sub_(mean).mul_(probabilities).mul_(ctx.scale)
-        low = grad_scores.to(k.dtype)
-        return torch.bmm(low, k).view(ctx.shape), torch.bmm(low.transpose(1, 2), rows), grad_v, None, None
+        query, key, value, output = ctx.saved_tensors
+        chains, scale = ctx.chains, ctx.scale
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))  # sums over children
+        for spans, length in zip(chains.keys, chains.lengths, strict=True):
+            own = slice(spans[-1][1] - length, spans[-1][1])
+            k, v = _gather(key, spans), _gather(value, spans)
+            # the query heads of one key head, below each other
+            q = query[:, own].reshape(k.shape[0], -1, k.shape[2])
+            grad, out = (x[own].transpose(0, 1).reshape(k.shape[0], -1, v.shape[2]) for x in (outputs[0], output))
+            probabilities = _probabilities(q, k, chains.future, length, scale)
+            _scatter(grad_value, torch.bmm(probabilities.to(v.dtype).transpose(1, 2), grad), spans)
+            mean = (grad.float() * out.float()).sum(-1, keepdim=True)
+            scores = torch.bmm(grad, v.transpose(1, 2)).float().sub_(mean).mul_(probabilities).mul_(scale).to(k.dtype)
+            grad_query[:, own] = torch.bmm(scores, k).view(-1, length, k.shape[2])
+            _scatter(grad_key, torch.bmm(scores.transpose(1, 2), q), spans)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _gather(rows: Tensor, spans: Spans) -> Tensor:
+    """[G, T, D] -> [G, m, D], the positions of `spans`."""
+    parts = [rows[:, start:end] for start, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _scatter(total: Tensor, rows: Tensor, spans: Spans) -> None:
+    """Add [G, m, D] to the positions of `spans` in [G, T, D]."""
+    for (start, end), part in zip(spans, rows.split([end - start for start, end in spans], 1), strict=True):
+        total[:, start:end] += part
 
 
 def _probabilities(rows: Tensor, k: Tensor, future: Tensor, length: int, scale: float) -> Tensor:

@@ -1,8 +1,9 @@
-"""Groups -> tensors. A group is one packed row: the token trie of its rollouts in depth-first order.
+"""Groups -> tensors. A packed row is the token trie of training sequences, of several groups, in depth-first order.
 
-Whatever the rollouts of a group have in common (the prompt, the same first turn, the same tool result) is computed
-once; a token attends to its own ancestors and itself. The plain layout (one right-padded sequence per row) has the
-same type and meaning and is the reference. Tokens that nothing with a loss depends on are left out of both.
+Whatever sequences of a row have in common at their start (the instructions, the prompt, the same first turn and tool
+result) is computed once; a token attends to its own ancestors and itself. Sequences that start differently stand
+beside each other: a forest. The plain layout (one right-padded sequence per row) has the same type and meaning and is
+the reference. Tokens that nothing with a loss depends on are left out of both. `packing` says what goes where.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rft.trainers.objective import Loss, token_weights
-from rft.types import Group
+from rft.trainers.packing import Ints, common_prefix, deal, lexicographic, plan_rows
+from rft.types import Group, Sequence
 
 Layout = Literal["packed", "plain"]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +73,31 @@ class MicroBatch:
 class _Path:
     """One training sequence, cut before its last loss-bearing token: `ids` are inputs, `times` what they predict."""
 
-    ids: list[int]  # what the forward pass needs
+    ids: Ints  # what the forward pass needs
     times: Ints  # [n] positions of the loss-bearing tokens in the sequence, >= 1; time t is predicted by input t - 1
-    targets: list[int]
-    logprobs: list[float]
+    targets: Ints  # [n]
+    logprobs: NDArray[np.float32]  # [n]
     advantage: float
     rollout: int
     sequence: int
 
 
 def build_micro_batches(
-    groups: list[Group], advantages: list[Tensor], max_tokens: int, layout: Layout
+    groups: list[Group], advantages: list[Tensor], max_tokens: int, layout: Layout, num_ranks: int = 1
 ) -> list[MicroBatch]:
-    """One row per group (packed) or length-sorted padded rows (plain), each of at most `max_tokens` tokens.
+    """Packed rows of several groups, or length-sorted padded rows (plain), each of at most `max_tokens` tokens.
 
     Their tokens have the weights of a window that is these micro-batches under `dapo`; see `weigh` for others.
-    advantages: one [n_rollouts] float32 per group. A packed group beyond the limit is split by sequences into rows
-    that repeat the shared prefix; a single sequence beyond it still gets its own row. Deterministic.
+    advantages: one [n_rollouts] float32 per group. Rows are cut between sequences where least is shared, and repeat
+    what is; a single sequence beyond the limit still gets its own row. num_ranks: among how many the packed rows
+    will be dealt, see `packing.plan_rows`. Deterministic.
     """
-    per_group = _paths(groups, advantages)
+    paths = _paths(groups, advantages)
     if layout == "plain":
-        found = _plain([path for paths in per_group for path in paths], max_tokens)
+        found = _plain(paths, max_tokens)
     else:
-        found = [_pack(paths) for group in per_group for paths in _fit(group, max_tokens)]
+        rows = plan_rows([path.ids for path in paths], max_tokens, num_ranks)
+        found = [_pack([paths[index] for index in row]) for row in rows]
     return weigh(found, "dapo", 1)
 
 
@@ -115,106 +118,85 @@ def weigh(micro_batches: list[MicroBatch], loss: Loss, max_length: int) -> list[
 
 
 def split_over_ranks(micro_batches: list[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
-    """Deal micro-batches to ranks, largest first to the rank with least work, then pad to equal counts.
+    """Deal micro-batches to ranks by the tokens they compute, largest first, and pad to equal counts.
 
-    Work is the tokens a forward pass computes. A padding micro-batch carries no loss-bearing token: its gradient
-    is exactly zero and the counts are unchanged, but every rank runs the same number of collectives.
+    A padding micro-batch carries no loss-bearing token: its gradient is exactly zero and the counts are unchanged,
+    but every rank runs the same number of collectives. `build_micro_batches` for as many ranks needs none, unless
+    there are fewer sequences than ranks.
     """
-    ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
-    work = [0] * num_ranks
-    for micro_batch in sorted(micro_batches, key=lambda batch: -batch.num_row_tokens):  # stable: ties keep their order
-        rank = work.index(min(work))
-        ranks[rank].append(micro_batch)
-        work[rank] += micro_batch.num_row_tokens
+    dealt = deal([micro_batch.num_row_tokens for micro_batch in micro_batches], num_ranks)
+    ranks = [[micro_batches[index] for index in rank] for rank in dealt]
     longest = max(len(rank) for rank in ranks)
     return [rank + [_empty()] * (longest - len(rank)) for rank in ranks]
 
 
-def _paths(groups: list[Group], advantages: list[Tensor]) -> list[list[_Path]]:
-    """The trainable sequences of each group, in order; a sequence without sampled tokens has nothing to train."""
-    result: list[list[_Path]] = []
-    rollout_index, sequence_index = 0, 0
-    for group, group_advantages in zip(groups, advantages, strict=True):
-        paths: list[_Path] = []
-        for rollout, advantage in zip(group.rollouts, group_advantages.tolist(), strict=True):
-            for sequence in rollout.sequences:
-                times = np.flatnonzero(np.asarray(sequence.mask))
-                if times.size:
-                    targets = [sequence.ids[time] for time in times]
-                    logprobs = [sequence.logprobs[time] for time in times]
-                    ids = sequence.ids[: times[-1]]
-                    paths.append(_Path(ids, times, targets, logprobs, advantage, rollout_index, sequence_index))
-                sequence_index += 1
-            rollout_index += 1
-        result.append(paths)
-    return result
+def _paths(groups: list[Group], advantages: list[Tensor]) -> list[_Path]:
+    """The trainable sequences of all groups, in order; a sequence without sampled tokens has nothing to train."""
+    rollouts = [
+        found
+        for group, values in zip(groups, advantages, strict=True)
+        for found in zip(group.rollouts, values.tolist(), strict=True)
+    ]
+    sequences = (
+        (sequence, advantage, index)
+        for index, (rollout, advantage) in enumerate(rollouts)
+        for sequence in rollout.sequences
+    )
+    found = [_path(*given, index) for index, given in enumerate(sequences)]
+    return [path for path in found if path.times.size]
 
 
-def _fit(paths: list[_Path], max_tokens: int) -> list[list[_Path]]:
-    """Split one group's sequences so that each part's trie fits; neighbours in sorted order share most."""
-    rows: list[list[int]] = []
-    size, previous = 0, None
-    for index in sorted(range(len(paths)), key=lambda i: paths[i].ids):
-        ids = paths[index].ids
-        added = len(ids) - (_common_prefix(previous, ids) if previous is not None else 0)
-        if previous is None or size + added > max_tokens:
-            rows.append([])
-            size, added = 0, len(ids)
-        rows[-1].append(index)
-        size, previous = size + added, ids
-    return [[paths[index] for index in sorted(row)] for row in rows]
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return int(np.argmax(np.asarray(first[:length]) != np.asarray(second[:length])))
+def _path(sequence: Sequence, advantage: float, rollout: int, index: int) -> _Path:
+    ids, times = np.asarray(sequence.ids, dtype=np.int64), np.flatnonzero(np.asarray(sequence.mask, dtype=bool))
+    logprobs = np.asarray(sequence.logprobs, dtype=np.float32)[times]
+    return _Path(ids[: times[-1]] if times.size else ids, times, ids[times], logprobs, advantage, rollout, index)
 
 
 def _pack(paths: list[_Path]) -> MicroBatch:
     """One row holding the trie of `paths`: in sorted order each path adds what its predecessor does not have."""
-    row_of: dict[int, Ints] = {}  # path -> row position of each of its inputs
-    ids: list[int] = []
+    row_of = [np.zeros(0, dtype=np.int64)] * len(paths)  # the row position of each input of each path
+    ids: list[Ints] = []
     depths: list[Ints] = []
-    subtree_end = np.zeros(sum(len(path.ids) for path in paths), dtype=np.int64)
-    last, last_ids = np.zeros(0, dtype=np.int64), list[int]()
-    for index in sorted(range(len(paths)), key=lambda i: paths[i].ids):
-        path = paths[index]
-        shared = _common_prefix(last_ids, path.ids)
-        start, end = len(ids), len(ids) + len(path.ids) - shared
-        subtree_end[last[shared:]] = start  # these tokens are no ancestors of what follows
-        last, last_ids = np.concatenate([last[:shared], np.arange(start, end)]), path.ids
-        ids += path.ids[shared:]
-        depths.append(np.arange(shared, len(path.ids)))
+    subtree_end = np.zeros(sum(path.ids.size for path in paths), dtype=np.int64)
+    last, last_ids, end = row_of[0], row_of[0], 0
+    for index in lexicographic([path.ids for path in paths]):
+        path = paths[index].ids
+        shared = common_prefix(last_ids, path)
+        subtree_end[last[shared:]] = end  # these tokens are no ancestors of what follows
+        start, end = end, end + path.size - shared
+        last, last_ids = np.concatenate([last[:shared], np.arange(start, end)]), path
+        ids.append(path[shared:])
+        depths.append(np.arange(shared, path.size))
         row_of[index] = last
-    subtree_end[last] = len(ids)
-    positions = [row_of[index][path.times - 1] for index, path in enumerate(paths)]
-    return _micro_batch([ids], np.concatenate(depths)[None], subtree_end[None, : len(ids)], positions, paths)
+    subtree_end[last] = end
+    positions = [row[path.times - 1] for row, path in zip(row_of, paths, strict=True)]
+    return _micro_batch(
+        np.concatenate(ids)[None], np.concatenate(depths)[None], subtree_end[None, :end], positions, paths
+    )
 
 
 def _plain(paths: list[_Path], max_tokens: int) -> list[MicroBatch]:
     """Right-padded rows, shortest first, so that rows of one micro-batch need little padding."""
     rows: list[list[int]] = []
-    for index in sorted(range(len(paths)), key=lambda i: len(paths[i].ids)):
-        if not rows or (len(rows[-1]) + 1) * len(paths[index].ids) > max_tokens:
+    for index in sorted(range(len(paths)), key=lambda i: paths[i].ids.size):
+        if not rows or (len(rows[-1]) + 1) * paths[index].ids.size > max_tokens:
             rows.append([])
         rows[-1].append(index)
     return [_pad([paths[index] for index in sorted(row)]) for row in rows]
 
 
 def _pad(paths: list[_Path]) -> MicroBatch:
-    width = max(len(path.ids) for path in paths)
-    ids = [path.ids + [0] * (width - len(path.ids)) for path in paths]
+    width = max(path.ids.size for path in paths)
+    ids = np.stack([np.pad(path.ids, (0, width - path.ids.size)) for path in paths])
     depths = np.tile(np.arange(width), (len(paths), 1))
-    lengths = np.array([[len(path.ids)] for path in paths])
+    lengths = np.array([[path.ids.size] for path in paths])
     subtree_end = np.where(depths < lengths, lengths, depths + 1)
     positions = [row * width + path.times - 1 for row, path in enumerate(paths)]
     return _micro_batch(ids, depths, subtree_end, positions, paths, "plain")
 
 
 def _micro_batch(
-    ids: list[list[int]],
+    ids: Ints,
     depths: Ints,
     subtree_end: Ints,
     positions: list[Ints],
@@ -224,13 +206,13 @@ def _micro_batch(
     predictors, predictor_index = np.unique(np.concatenate(positions), return_inverse=True)
     counts = torch.tensor([path.times.size for path in paths])
     return MicroBatch(
-        input_ids=torch.tensor(ids),
+        input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(depths),
         subtree_end=torch.from_numpy(subtree_end),
         predictors=torch.from_numpy(predictors),
         predictor_index=torch.from_numpy(predictor_index),
-        targets=torch.tensor([target for path in paths for target in path.targets]),
-        sampled_logprobs=torch.tensor([value for path in paths for value in path.logprobs], dtype=torch.float32),
+        targets=torch.from_numpy(np.concatenate([path.targets for path in paths])),
+        sampled_logprobs=torch.from_numpy(np.concatenate([path.logprobs for path in paths])),
         advantages=torch.tensor([path.advantage for path in paths], dtype=torch.float32).repeat_interleave(counts),
         weights=torch.zeros(int(counts.sum())),
         rollout_index=torch.tensor([path.rollout for path in paths]).repeat_interleave(counts),

@@ -8,6 +8,7 @@ Sharded models (sharding.py) keep their masters in the shards instead.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from rft.config import ModelConfig
 from rft.errors import ConfigError, UserError
+from rft.trainers.sharding import whole
 
 FILE = "model.safetensors"  # in a checkpoint: the trained weights and the frozen ones, masters where there are any
 
@@ -52,17 +55,26 @@ class FullWeights:
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's own tensors; of a sharded model whole copies on the CPU, in the dtype it computes in."""
-        return {name: _whole(value, self._dtype) for name, value in self._named().items()}
+        """The model's own tensors, named as in the published checkpoint.
+
+        Of a sharded model whole copies on the CPU, in the dtype it computes in.
+        """
+        is_sharded = any(isinstance(value, DTensor) for value in self.model.parameters())
+        return {name: value.cpu() if is_sharded else value for name, value in self.full_tensors()}
+
+    @torch.no_grad()
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._named().items():
+            yield from revert_weight_conversion(self.causal_lm, {name: self._computed(value)}).items()
 
     def save(self, path: Path, *, writes: bool = True) -> None:
         """Write model.safetensors: masters in float32, the rest as it is. Collective where weights are sharded."""
         masters = self._masters_by_id()
         state: dict[str, Tensor] = {}
         for name, value in self._named(keep_vars=True).items():
-            whole = _whole(masters.get(id(value), value).detach())
+            stepped = whole(masters.get(id(value), value).detach())
             if writes:
-                state[name] = whole.cpu().contiguous()
+                state[name] = stepped.cpu().contiguous()
         if writes:
             save_file(state, path / FILE, metadata={"format": "pt"})
 
@@ -80,6 +92,13 @@ class FullWeights:
         for name, value in own.items():
             _copy(masters.get(id(value), value), stored[name])
         self.after_step()
+
+    def _computed(self, value: Tensor) -> Tensor:
+        """A shard's float32 master as the model computes with it; what is not sharded is that already."""
+        if not isinstance(value, DTensor):
+            return value
+        gathered = value.full_tensor()
+        return gathered.to(self._dtype) if gathered.is_floating_point() else gathered
 
     def _masters_by_id(self) -> dict[int, nn.Parameter]:
         """Of each parameter that has one; parameters are tensors, whose `==` is elementwise."""
@@ -118,13 +137,6 @@ def _hand_over(master: nn.Parameter) -> Any:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     return move
-
-
-def _whole(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.full_tensor().cpu()
-    return whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

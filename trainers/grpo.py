@@ -1,7 +1,8 @@
 """GRPO, told top to bottom: sample groups, drop those that teach nothing, one optimizer step, sync, measure.
 
 Rank 0 tells it, with a `Leader` (engine, collector, run folder): it alone samples and writes. The other ranks take
-part in `Policy.update`, each with its share of the window's micro-batches (ranks.py).
+part in `Policy.update`, each with its share of the window's micro-batches (ranks.py). What takes long is done `beside`
+the sampling of the next steps, when training.staleness allows that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -45,11 +47,11 @@ def train(config: RunConfig, policy: Policy, leader: Leader, first_step: int) ->
         clock = Clock()
         groups = leader.groups(step)
         clock.lap("sampling")
-        window = _window(config, policy, groups)
+        window = leader.beside(partial(_window, config, policy, groups))
         stats = _update(policy, window, leader, step)
         clock.lap("training")
         _check_skips(skips, stats, window)
-        update = _update_metrics(policy, groups, stats)
+        update = leader.beside(partial(_update_metrics, policy, groups, stats))
         leader.check_gap(update["logprob_gap/mean"], step)
         update |= leader.publish(policy, step, groups)
         clock.lap("sync")
@@ -96,8 +98,8 @@ def _update(policy: Policy, window: Window, leader: Leader, step: int) -> StepSt
     """One optimizer step; None when no group carried signal."""
     if window.num_tokens == 0:
         return None
-    with leader.display.phase(f"step {step}: training", len(window.shares[0]), keep=False) as phase:
-        return policy.update(window.shares, window.num_tokens, on_micro_batch=phase.advance)
+    with leader.training(step, len(window.shares[0])) as on_micro_batch:
+        return leader.beside(lambda: policy.update(window.shares, window.num_tokens, on_micro_batch))
 
 
 def _check_skips(skips: list[StepStats], stats: StepStats | None, window: Window) -> None:
@@ -132,7 +134,7 @@ def _save_and_evaluate(config: RunConfig, policy: Policy, leader: Leader, step: 
     is_last = step == training.steps
     is_evaluated = is_last or step % config.evaluation.every == 0
     if is_evaluated or step % training.checkpoint_every == 0:
-        checkpoint.save(folder, step, policy, {})
+        leader.beside(lambda: checkpoint.save(folder, step, policy, {}))
     if is_evaluated:
         leader.evaluate("validation", step)
     _prune(config, leader)

@@ -6,22 +6,25 @@ rollouts of another run, without an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rft.config import RunConfig
 from rft.engines import Engine
 from rft.errors import NumericsError
-from rft.metrics import Clock, group_metrics, rollout_metrics, shadow_divergence, step_line
-from rft.progress import Display
+from rft.metrics import Clock, group_metrics, rollout_metrics, shadow_divergence, staleness_metrics, step_line
+from rft.pipeline import Pipeline
+from rft.progress import Display, Phase
 from rft.replay import stored_groups
-from rft.sampling import Sampling
-from rft.shaping import cost_metrics
+from rft.shaping import cost_metrics, shaped_scores
 from rft.store import RunStore
 from rft.trainers.policy import Policy
 from rft.trainers.sync import Sync
 from rft.types import Group, Item, Split
+
+T = TypeVar("T")
 
 _PROBE_SEQUENCES = 2
 _DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
@@ -42,6 +45,16 @@ class Leader:
         """What 1-based `step` trains on."""
         raise NotImplementedError
 
+    def beside(self, work: Callable[[], T]) -> T:
+        """Do what takes the trainer long. Raises what it raises, and what goes wrong in the sampling beside it."""
+        return work()
+
+    @contextmanager
+    def training(self, step: int, num_micro_batches: int) -> Iterator[Callable[[], None]]:
+        """A bar over the training of a step; what it gives is to be called after each micro-batch, in any thread."""
+        with self.display.phase(f"step {step}: training", num_micro_batches, keep=False) as phase:
+            yield phase.advance
+
     def check_gap(self, gap: float, step: int) -> None:
         """Look at the mean |log-probability difference| between who sampled and the trainer."""
 
@@ -56,7 +69,9 @@ class Leader:
         """The step's row in the metrics, the state, and the line that a person follows."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
         row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
-        row |= cost_metrics(groups, self.config.training.costs)
+        costs = self.config.training.costs
+        row |= cost_metrics(groups, costs)
+        row |= staleness_metrics([group for group in groups if len(set(shaped_scores(group, costs))) > 1])
         self.store.append_metrics(row)
         self.store.write_state({"status": "running", "step": step, "steps": self.config.training.steps})
         self.display.line(step_line(row, self.config.training.steps))
@@ -72,17 +87,22 @@ class Leader:
 
 @dataclass(slots=True)
 class SamplingLeader(Leader):
-    """Samples with an engine that always has the policy's weights. `first_prompt`: the ids an item is asked with."""
+    """Samples with an engine that gets the policy's weights after every step.
 
-    sampling: Sampling
+    With training.staleness the next steps are sampled while this one trains. `first_prompt`: the ids an item is asked
+    with.
+    """
+
+    pipeline: Pipeline
     engine: Engine
     sync: Sync
     first_prompt: Callable[[Item], list[int]]
 
     def begin(self, policy: Policy, first_step: int) -> None:
         """Bring the engine to the policy's version and measure where the run starts."""
-        prompts = [self.first_prompt(item) for item in self.sampling.items["train"][:_PROBE_SEQUENCES]]
-        run = self.sampling.watchdog.run
+        sampling = self.pipeline.sampling
+        prompts = [self.first_prompt(item) for item in sampling.items["train"][:_PROBE_SEQUENCES]]
+        run = sampling.watchdog.run
         if first_step > 1 or self.config.model.init_from is not None:
             run(self.engine.load(self.sync.publish(policy, first_step - 1)))
         run(self.sync.probe(policy, self.engine, prompts))
@@ -93,28 +113,48 @@ class SamplingLeader(Leader):
             self.evaluate("test", 0)
 
     def groups(self, step: int) -> list[Group]:
-        return self.sampling.groups(step)
+        return self.pipeline.groups(step)
+
+    def beside(self, work: Callable[[], T]) -> T:
+        return self.pipeline.beside(work)
+
+    @contextmanager
+    def training(self, step: int, num_micro_batches: int) -> Iterator[Callable[[], None]]:
+        with self._training_bar(step, num_micro_batches) as phase:
+
+            def on_micro_batch() -> None:
+                phase.advance()
+                self.pipeline.raise_if_ending()
+
+            yield on_micro_batch
+
+    def _training_bar(self, step: int, num_micro_batches: int) -> AbstractContextManager[Phase]:
+        if self.pipeline.staleness:
+            return self.pipeline.sampling.showing_beside(step, num_micro_batches)
+        return self.display.phase(f"step {step}: training", num_micro_batches, keep=False)
 
     def check_gap(self, gap: float, step: int) -> None:
         """Raises NumericsError when the engine does not sample from the policy."""
         if gap > self.config.training.max_logprob_gap:
+            drift = "or lower training.learning_rate or training.staleness, " if self.pipeline.staleness else ""
             raise NumericsError(
                 f"engine and trainer disagree at step {step}: mean |log-probability difference| {gap:.3f}",
-                cure="check that the engine serves this model in this dtype, or raise training.max_logprob_gap",
+                cure=f"check that the engine serves this model in this dtype, {drift}or raise training.max_logprob_gap",
             )
 
     def publish(self, policy: Policy, step: int, groups: list[Group]) -> dict[str, float]:
-        """The new weights to the engine, and the proof that they arrived."""
-        run = self.sampling.watchdog.run
-        run(self.engine.load(self.sync.publish(policy, step)))
+        """The new weights to the engine, and the proof that they arrived; what came of sampling beside training."""
+        run = self.pipeline.sampling.watchdog.run
+        reused = {"rollouts/reused": self.pipeline.sampling.settle("train", step)}
+        metrics = reused | {"groups/stale": self.pipeline.num_stale, "time/hidden_s": self.pipeline.hidden_s}
+        run(self.engine.load(self.beside(lambda: self.sync.publish(policy, step))))
         sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
         probed = sequences[:_PROBE_SEQUENCES] or [self.first_prompt(group.item) for group in groups[:1]]
         probe = run(self.sync.probe(policy, self.engine, probed))
-        reused = {"rollouts/reused": self.sampling.settle("train", step)}
-        return reused | {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
+        return metrics | {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
 
     def evaluate(self, split: Split, step: int) -> None:
-        self.sampling.evaluate(split, step)
+        self.pipeline.sampling.evaluate(split, step)
 
 
 @dataclass(slots=True)

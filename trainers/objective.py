@@ -21,14 +21,20 @@ _STD_EPSILON = 1e-4  # TRL's: keeps a nearly equal group from being blown up
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised. max_ratio: a second clip, of r itself, where A < 0; kl_coef: of the KL to the reference."""
+    """What is minimised; `policy_loss` has the formulas.
+
+    max_ratio: a second clip, of r itself, where A < 0. importance_cap: r is a truncated weight instead of being
+    clipped. kl_coef: of the KL to the reference. entropy_coef: of the bonus.
+    """
 
     loss: Loss = "dapo"
     clip_low: float = 0.2
     clip_high: float = 0.28
     max_ratio: float | None = None
     cispo_max_ratio: float = 5.0
+    importance_cap: float | None = None
     kl_coef: float = 0.0
+    entropy_coef: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class LossStats:
     """What one micro-batch says of the policy, averaged over its tokens (0 for a micro-batch without tokens)."""
 
     num_tokens: int
-    clip_share: float  # tokens whose gradient the clip removed; of cispo, those whose ratio it cut
+    clip_share: float  # tokens whose gradient the clip removed; with importance weights and cispo: whose weight was cut
     mean_ratio: float  # pi / mu
     approx_kl: float  # KL(mu || pi), k3 estimator: mean of r - 1 - log r
     mean_gap: float  # |log mu - log pi|
@@ -49,7 +55,8 @@ class Tokens:
     """The loss-bearing tokens of a micro-batch, all [N].
 
     logprobs (log pi) carries the gradient; sampled_logprobs (log mu), advantages, weights: float32;
-    sequence_index: int64, which training sequence a token belongs to; reference: float32 log-probabilities, or None.
+    sequence_index: int64, which training sequence a token belongs to; reference: float32 log-probabilities, or None;
+    entropies: float32 with a gradient, of the distributions under pi that the tokens were sampled from, or None.
     """
 
     logprobs: Tensor
@@ -58,6 +65,7 @@ class Tokens:
     weights: Tensor
     sequence_index: Tensor
     reference: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 def advantages(
@@ -103,32 +111,60 @@ def token_weights(loss: Loss, rollout_index: Tensor, sequence_index: Tensor, max
 
 
 def policy_loss(objective: Objective, tokens: Tokens) -> tuple[Tensor, LossStats]:
-    """sum_t w_t l_t: a scalar (0 with a graph without tokens), and detached statistics.
+    """sum_t w_t (l_t + kl_coef k_t - entropy_coef H_t): a scalar (0 with a graph without tokens), and statistics.
 
-    grpo, dapo, dr_grpo: l = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). gspo: the same with the sequence's
-    ratio exp(mean_t log r_t) (arXiv:2507.18071). cispo: l = -stopgrad(min(r, cispo_max_ratio)) A log pi
-    (arXiv:2506.13585). max_ratio: r is cut to it before, which only counts where A < 0 (INTELLECT-2's two-sided
-    clip). kl_coef: + kl_coef (exp(d) - d - 1), d = log ref - log pi.
+    l of grpo, dapo, dr_grpo: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r cut to max_ratio before, which only
+    counts where A < 0 (INTELLECT-2's two-sided clip). gspo: the same with the sequence's ratio exp(mean_t log r_t)
+    (arXiv:2507.18071). With importance_cap: -stopgrad(min(r, importance_cap)) A pi / stopgrad(pi), for gspo both
+    ratios the sequence's; there is one step per window, so pi / stopgrad(pi) is 1 and nothing is left to clip.
+    cispo: -stopgrad(min(r, cispo_max_ratio)) A log pi (arXiv:2506.13585).
+    k = exp(d) - d - 1, d = log ref - log pi. H: the token's entropy; with dapo's and cispo's weights sum_t w_t H_t is
+    its mean over the window (TRL's bonus), with others it is aggregated as the loss is (verl's).
     """
-    log_ratio = tokens.logprobs - tokens.sampled_logprobs
-    if objective.loss == "gspo":
-        log_ratio = _sequence_means(log_ratio, tokens.sequence_index)
-    ratio = log_ratio.exp()
     if objective.loss == "cispo":
-        per_token = -ratio.detach().clamp(max=objective.cispo_max_ratio) * tokens.advantages * tokens.logprobs
-        is_clipped = (ratio > objective.cispo_max_ratio) & (tokens.advantages != 0)
+        per_token, is_cut = _cispo(objective, tokens)
+    elif objective.importance_cap is not None:
+        per_token, is_cut = _truncated(objective, objective.importance_cap, tokens)
     else:
-        clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-        bounded = ratio if objective.max_ratio is None else ratio.clamp(max=objective.max_ratio)
-        per_token = -torch.min(bounded * tokens.advantages, clipped * tokens.advantages)
-        too_low = (ratio < 1 - objective.clip_low) & (tokens.advantages < 0)
-        is_clipped = too_low | ((ratio > 1 + objective.clip_high) & (tokens.advantages > 0))
+        per_token, is_cut = _clipped(objective, tokens)
     kl = torch.zeros(())
     if tokens.reference is not None:
         distance = tokens.reference - tokens.logprobs
         kl = distance.exp() - distance - 1
         per_token = per_token + objective.kl_coef * kl
-    return (tokens.weights * per_token).sum(), _stats(tokens, is_clipped, kl.detach())
+    if tokens.entropies is not None:
+        per_token = per_token - objective.entropy_coef * tokens.entropies
+    return (tokens.weights * per_token).sum(), _stats(tokens, is_cut, kl.detach())
+
+
+def _clipped(objective: Objective, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """[N] terms, and [N] bool: the clip removed the token's gradient."""
+    ratio = _ratio(objective, tokens, tokens.sampled_logprobs)
+    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    bounded = ratio if objective.max_ratio is None else ratio.clamp(max=objective.max_ratio)
+    per_token = -torch.min(bounded * tokens.advantages, clipped * tokens.advantages)
+    too_low = (ratio < 1 - objective.clip_low) & (tokens.advantages < 0)
+    return per_token, too_low | ((ratio > 1 + objective.clip_high) & (tokens.advantages > 0))
+
+
+def _truncated(objective: Objective, cap: float, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """[N] terms, and [N] bool: the token's weight was cut."""
+    weight = _ratio(objective, tokens, tokens.sampled_logprobs).detach()
+    unit = _ratio(objective, tokens, tokens.logprobs.detach())
+    return -weight.clamp(max=cap) * tokens.advantages * unit, weight > cap
+
+
+def _cispo(objective: Objective, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """[N] terms, and [N] bool: the token's ratio was cut."""
+    ratio = _ratio(objective, tokens, tokens.sampled_logprobs).detach()
+    per_token = -ratio.clamp(max=objective.cispo_max_ratio) * tokens.advantages * tokens.logprobs
+    return per_token, (ratio > objective.cispo_max_ratio) & (tokens.advantages != 0)
+
+
+def _ratio(objective: Objective, tokens: Tokens, base: Tensor) -> Tensor:
+    """[N]: pi / exp(base) of each token; for gspo the geometric mean over its sequence."""
+    log_ratio = tokens.logprobs - base
+    return (_sequence_means(log_ratio, tokens.sequence_index) if objective.loss == "gspo" else log_ratio).exp()
 
 
 def _sequence_means(values: Tensor, index: Tensor) -> Tensor:
@@ -139,13 +175,13 @@ def _sequence_means(values: Tensor, index: Tensor) -> Tensor:
     return means[inverse]
 
 
-def _stats(tokens: Tokens, is_clipped: Tensor, kl: Tensor) -> LossStats:
+def _stats(tokens: Tokens, is_cut: Tensor, kl: Tensor) -> LossStats:
     num_tokens = tokens.logprobs.numel()
     if num_tokens == 0:
         return LossStats(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     log_ratio = (tokens.logprobs - tokens.sampled_logprobs).detach()
     ratio = log_ratio.exp()
-    means = [is_clipped.float().mean(), ratio.mean(), (ratio - 1 - log_ratio).mean(), log_ratio.abs().mean()]
+    means = [is_cut.float().mean(), ratio.mean(), (ratio - 1 - log_ratio).mean(), log_ratio.abs().mean()]
     clip_share, mean_ratio, approx_kl, mean_gap, reference_kl = torch.stack([*means, kl.mean()]).tolist()
     largest = log_ratio.abs().max().item()
     return LossStats(num_tokens, clip_share, mean_ratio, approx_kl, mean_gap, largest, reference_kl)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +82,16 @@ class _Scorer(nn.Module):
         self.causal_lm = causal_lm
         self.head = find_head(causal_lm)
 
-    def forward(self, micro_batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, micro_batch: MicroBatch, temperature: float, with_entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         inputs = attention_inputs(self.causal_lm, micro_batch)
         output = decoder(self.causal_lm)(
             input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, use_cache=False, **inputs
         )
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, micro_batch.predictors)
-        return token_logprobs(self.head, hidden, micro_batch.predictor_index, micro_batch.targets, temperature)
+        index, targets = micro_batch.predictor_index, micro_batch.targets
+        return token_logprobs(self.head, hidden, index, targets, temperature, with_entropy_grad)
 
 
 class Policy:
@@ -107,7 +110,9 @@ class Policy:
             clip_high=training.clip_high,
             max_ratio=training.max_ratio,
             cispo_max_ratio=training.cispo_max_ratio,
+            importance_cap=training.effective_importance_cap,
             kl_coef=training.kl_coef,
+            entropy_coef=training.entropy_coef,
         )
         self.ranks = Ranks(accelerator)
         self.device = self.ranks.device
@@ -115,6 +120,8 @@ class Policy:
         self.layout: Layout | None = "plain" if training.batch == "plain" else None  # None: not yet checked
         self.max_tokens = training.max_tokens_per_micro_batch  # lowered when memory does not suffice
         is_lora = model.lora is not None
+        # the loss is a sum over ranks; gradients of shards come averaged over them
+        self._loss_scale = self.ranks.num if self.is_sharded and not is_lora else 1
         is_merged = sync_kind(training.sync, self.device.type, is_lora=is_lora) == "merged" and not self.is_sharded
         dtype: torch.dtype = getattr(torch, model.dtype)
         # a shard is its own master: it is stepped as it is stored, and cast when it is gathered
@@ -159,10 +166,12 @@ class Policy:
         return sum(parameter.numel() for parameter in self.weights.parameters)
 
     def micro_batches(self, groups: list[Group], advantages: list[Tensor]) -> list[MicroBatch]:
-        """The groups as micro-batches in the layout this policy uses, checked on the first group ever given."""
+        """The groups as micro-batches for all ranks, in this policy's layout, which is checked on its first group."""
         if self.layout is None and groups:
             self.check_packed(groups[0])
-        micro_batches = build_micro_batches(groups, advantages, self.max_tokens, self.layout or "packed")
+        micro_batches = build_micro_batches(
+            groups, advantages, self.max_tokens, self.layout or "packed", self.ranks.num
+        )
         window = attention_window(self.causal_lm)
         longest = max((int(micro_batch.position_ids.max()) + 1 for micro_batch in micro_batches), default=0)
         if self.layout == "packed" and window is not None and longest > window:
@@ -324,7 +333,8 @@ class Policy:
     def _backward(self, micro_batch: MicroBatch) -> list[float]:
         """Accumulate one micro-batch's gradient; returns its share of the step's statistics as sums."""
         reference = self._reference(micro_batch) if self.objective.kl_coef else None
-        logprobs, entropies = self._scorer(micro_batch, self.temperature)
+        has_bonus = self.objective.entropy_coef > 0
+        logprobs, entropies = self._scorer(micro_batch, self.temperature, has_bonus)
         tokens = Tokens(
             logprobs,
             micro_batch.sampled_logprobs,
@@ -332,10 +342,10 @@ class Policy:
             micro_batch.weights,
             micro_batch.sequence_index,
             reference,
+            entropies[micro_batch.predictor_index] if has_bonus else None,
         )
         loss, stats = policy_loss(self.objective, tokens)
-        # the loss is a sum over ranks; gradients of shards come averaged over them
-        (loss * (self.ranks.num if self.is_sharded else 1)).backward()
+        (loss * self._loss_scale).backward()
         return [
             loss.item(),
             *_sums(stats),
@@ -388,6 +398,16 @@ class Policy:
         """Every weight as engines load them, see `Weights.full_state_dict`. Collective where sharded."""
         with self._joined("full_state_dict"):
             return self.weights.full_state_dict()
+
+    def full_tensors(self) -> Generator[tuple[str, Tensor], None, None]:
+        """The same one after another, see `Weights.full_tensors`. Collective where sharded: take all, or close it."""
+        with self._joined("pass_full_tensors"):
+            yield from self.weights.full_tensors()
+
+    def pass_full_tensors(self) -> None:
+        """What the other ranks do while rank 0 takes `full_tensors`."""
+        for _ in self.weights.full_tensors():
+            pass
 
     def save_weights(self, path: Path) -> None:
         """Write what is trained into the folder `path`. Collective where sharded."""

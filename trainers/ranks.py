@@ -46,7 +46,12 @@ def build_accelerator(seed: int) -> Accelerator:
         cure = "set mixed_precision: 'no' in the launch's config file; model.dtype and model.master_dtype decide"
         raise ConfigError("the launch asks for mixed precision", where="mixed_precision", cure=cure)
     set_seed(seed)
-    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)])
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)])
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:  # each would train alone and write into the same folder
+        cure = "without GPUs launch with ACCELERATE_USE_CPU=true and OMP_NUM_THREADS=1, or use one process"
+        raise ConfigError(f"{asked} processes were launched that do not form a group", where="num_processes", cure=cure)
+    return accelerator
 
 
 class Ranks:

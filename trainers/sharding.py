@@ -10,9 +10,10 @@ import os
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rft.errors import ConfigError
@@ -58,3 +59,8 @@ def shard(
             reshard_after_forward=is_resharded and module is not root,
             ignored_params=set(whole),
         )
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered onto the CPU, by all ranks together; any other as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value

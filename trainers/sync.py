@@ -1,8 +1,8 @@
 """New weights to the engine, and the proof that they arrived.
 
 `Sync.publish` writes the policy's weights as a folder an engine can load; it appears under its name complete or not
-at all, and the last two stay. `Sync.probe` compares engine and trainer afterwards, in two ways, because one cannot
-see what the other does:
+at all, and the last two stay. (`transfer` writes nothing: the engine takes the tensors.) `Sync.probe` compares engine
+and trainer afterwards, in two ways, because one cannot see what the other does:
 - The gap: both score the same sequences. Finds weights that are wrong by more than rounding (another model, a wrong
   merge, a stale output head, several lost syncs); one lost small step is below the rounding of bfloat16.
 - The movement: both score one short sequence at every probe. An engine that computes the very same numbers for it
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -45,6 +45,8 @@ class PublishedPolicy(Protocol):
 
     def full_state_dict(self) -> dict[str, Tensor]: ...
 
+    def full_tensors(self) -> Generator[tuple[str, Tensor], None, None]: ...
+
     def save_weights(self, path: Path) -> None: ...
 
 
@@ -69,13 +71,14 @@ class _Scores:
 class Sync:
     """Publishes into `folder`. `base` is the model folder whose config and tokenizer files go with merged weights.
 
-    kind: `adapter` publishes what `Policy.save_weights` writes, `merged` a whole model folder.
+    kind: `adapter` publishes what `Policy.save_weights` writes, `merged` a whole model folder, `transfer` the tensors
+    as they are when the engine loads them.
     dtype: the coarser of the engine's and the trainer's; it sets how large a gap is still rounding.
     """
 
     def __init__(
         self,
-        kind: Literal["adapter", "merged"],
+        kind: Literal["adapter", "merged", "transfer"],
         folder: Path,
         base: Path,
         dtype: DType = "bfloat16",
@@ -86,6 +89,8 @@ class Sync:
 
     def publish(self, policy: PublishedPolicy, version: int) -> PublishedWeights:
         """Write the weights as `folder/v000012`. Raises StorageError when the disk refuses."""
+        if self.kind == "transfer":
+            return PublishedWeights(version, self._base, "transfer", policy.full_tensors)
         write = policy.save_weights if self.kind == "adapter" else lambda path: self._write_merged(policy, path)
         path = self._folder / f"v{version:06d}"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,13 @@ class Weights(Protocol):
         """What an engine loads: every weight of the model in its dtype, on the CPU where sharded; tied ones once.
 
         Collective. Tensors may be the model's own: copy before changing them.
+        """
+        ...
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same one after another, on the device of the model: only one is whole at a time where sharded.
+
+        Collective: every rank takes all of them.
         """
         ...
 

@@ -5,13 +5,16 @@ Token ids in, token ids and log-probabilities out: an engine never sees text and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rft.config import RunConfig
+    from rft.engines.transfer import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,16 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeights:
-    """Weights on disk that an engine can load: a whole model's folder (`merged`) or a peft folder (`adapter`)."""
+    """Weights that an engine can load: a whole model's folder (`merged`), a peft folder (`adapter`), or tensors
+    (`transfer`) that take the place of those in the folder `path`.
+
+    tensors: starts a pass over all of them, in the names and shapes of a checkpoint; its user closes it.
+    """
 
     version: int
     path: Path
-    kind: Literal["merged", "adapter"] = "merged"
+    kind: Literal["merged", "adapter", "transfer"] = "merged"
+    tensors: Callable[[], Generator[tuple[str, Tensor], None, None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +91,15 @@ class Engine(Protocol):
 
 
 def sync_kind(
-    mode: Literal["auto", "adapter", "merged", "reload"], device_type: str = "", *, is_lora: bool = True
-) -> Literal["adapter", "merged"]:
+    mode: Literal["auto", "adapter", "merged", "reload", "transfer"], device_type: str = "", *, is_lora: bool = True
+) -> Literal["adapter", "merged", "transfer"]:
     """How weights travel. `auto` is adapters on CUDA, merged weights elsewhere (vLLM's CPU adapters are slow).
 
-    The whole model travels as merged weights do: as a model folder that is reloaded.
+    The whole model travels as merged weights do, as a model folder that is reloaded, unless `transfer` is asked for.
     device_type: where the policy is; empty asks torch whether there is a GPU.
     """
     if not is_lora:
-        return "merged"
+        return "transfer" if mode == "transfer" else "merged"
     if mode in ("adapter", "merged"):
         return "adapter" if mode == "adapter" else "merged"
     if not device_type:
@@ -110,8 +118,26 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
         lora = config.model.lora
         rank = lora.rank if lora is not None and sync_kind(config.training.sync) == "adapter" else None
         urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
-        engines = [VllmEngine(config.engine, config.model, log_path, rank, url=url) for url in urls]
+        transport = _build_transport(urls[0]) if config.training.sync == "transfer" else None  # then there is one url
+        engines = [
+            VllmEngine(config.engine, config.model, log_path, rank, url=url, transport=transport) for url in urls
+        ]
         return engines[0] if len(engines) == 1 else EnginePool(engines)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)
+
+
+def _build_transport(url: str | None) -> Transport:
+    """CUDA IPC to a server that we launch, for it has our GPU; NCCL, which refuses two users of one GPU, to others.
+
+    Raises ConfigError without a GPU.
+    """
+    import torch
+
+    from rft.engines.transports import IpcTransport, NcclTransport
+    from rft.errors import ConfigError
+
+    if not torch.cuda.is_available():
+        raise ConfigError("transfer needs a GPU", where="training.sync", cure="set training.sync=reload")
+    return IpcTransport() if url is None else NcclTransport(url)

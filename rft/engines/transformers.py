@@ -13,12 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -56,7 +56,7 @@ class TransformersEngine:
     async def start(self) -> None:
         """Load the model. Raises EngineError when its folder cannot be read."""
         self.on_status("loading the sampling model")
-        self._model = await self._run(self._load_model)
+        self._model = await self._run(lambda: self._load_model(self._model_config.path))
 
     async def generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
         """Sample one completion; `max_tokens` is cut to what the context leaves, at least one token must fit."""
@@ -120,24 +120,28 @@ class TransformersEngine:
             raise EngineError("the engine has not been started", cure="await engine.start() first")
         return self._model
 
-    def _load_model(self) -> PreTrainedModel:
-        path, dtype = self._model_config.path, self._config.dtype or self._model_config.dtype
+    def _load_model(self, path: Path) -> PreTrainedModel:
+        """The model in `path`, whose weights have the names and the form of published ones."""
+        options = {"attn_implementation": "sdpa", "local_files_only": True, "output_loading_info": True}
+        dtype = getattr(torch, self._config.dtype or self._model_config.dtype)
+        loaded: Any
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=getattr(torch, dtype), local_files_only=True, attn_implementation="sdpa"
-            )
+            loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
         except (OSError, ValueError) as error:
             raise EngineError(f"{path} cannot be loaded: {error}", cure="check model.path") from error
+        model: PreTrainedModel = loaded[0]
+        missing = loaded[1]["missing_keys"]
+        if missing:  # transformers would draw them at random
+            raise EngineError(f"{path} lacks weights of the model: {sorted(missing)[:3]}", cure="check model.path")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return model.eval().to(device)  # type: ignore[no-any-return]
 
     def _load_weights(self, weights: PublishedWeights) -> None:
         model, device = self._ready(), str(self._ready().device)
         if weights.kind == "merged":
-            state = {key: value for file in sorted(weights.path.glob("*.safetensors")) for key, value in _read(file)}
-            missing = set(model.load_state_dict(state, strict=False).missing_keys)
-            if missing - set(getattr(model, "all_tied_weights_keys", {})):
-                raise EngineError(f"{weights.path} lacks weights of the model: {sorted(missing)[:3]}")
+            del model
+            self._model = None  # never two models at a time
+            self._model = self._load_model(weights.path)
         elif self._adapted is None:
             self._adapted = PeftModel.from_pretrained(model, str(weights.path), adapter_name="policy").eval()
         else:
@@ -245,10 +249,6 @@ def _score(model: PreTrainedModel, ids: list[int], start: int) -> list[float]:
         logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, row[0, start:, None])
     scores: list[float] = logprobs[:, 0].tolist()
     return scores
-
-
-def _read(file: Any) -> list[tuple[str, Tensor]]:
-    return list(load_file(file).items())
 
 
 def _fail(request: _Request, error: Exception) -> None:

