@@ -37,12 +37,20 @@ def train(
     replay: Annotated[
         Path | None, typer.Option(help="train on the rollouts that this run folder holds, without sampling")
     ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="start from the weights of this run folder, or of one of its checkpoints")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="with --resume: go on from this one, e.g. step_000004, not from the newest")
+    ] = None,
 ) -> None:
     """Train. `accelerate launch -m rft train CONFIG` is the same on many processes."""
     from rft.config import load_config
     from rft.job import run_job
 
-    run_job(load_config(config, overrides), run_id=run_id, resume=resume, replay=replay)
+    start = [f"model.init_from={json.dumps(str(init_from))}"] if init_from is not None else []
+    parsed = load_config(config, [*(overrides or []), *start])
+    run_job(parsed, run_id=run_id, resume=resume, replay=replay, checkpoint=checkpoint)
 
 
 @app.command()
@@ -91,9 +99,11 @@ def tools(
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart-001")],
     out: Annotated[Path, typer.Argument(help="the model folder to write")],
-    checkpoint: Annotated[str, typer.Option(help="`last` or a step's name, e.g. step_000012")] = "last",
+    checkpoint: Annotated[
+        str, typer.Option(help="`last`, `best` (validation) or a step's name, e.g. step_000012")
+    ] = "last",
 ) -> None:
-    """Merge a run's adapter into its base model: a folder that transformers and vLLM load."""
+    """Write a run's model, adapters merged into their base: a folder that transformers and vLLM load."""
     from rft.export import export as export_model
 
     typer.echo(f"wrote {export_model(run, out, checkpoint)}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from rft.budget import StepBudget
 from rft.errors import NoProgressError, first_cause
+from rft.reuse import StoredRollouts
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.slots import Slots
 from rft.types import Group, Item, Rollout, Split, StopReason, rollout_id, rollout_seed
@@ -65,12 +66,16 @@ class _Tally:
 
 @dataclass(slots=True)
 class Collector:
-    """Samples groups for a run. `on_rollout` sees every finished rollout (the store, the progress bar)."""
+    """Samples groups for a run. `on_rollout` sees every finished rollout (the store, the progress bar).
+
+    stored: rollouts that are taken as they are instead of being sampled.
+    """
 
     workshop: Workshop
     run_id: str
     run_seed: int
     on_rollout: Callable[[Rollout], None]
+    stored: StoredRollouts = field(default_factory=StoredRollouts)
     slots: Slots = field(init=False)
     _num_busy: int = field(default=0, init=False)  # steps and evaluations being collected
     _meanwhile: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
@@ -217,7 +222,8 @@ class Collector:
         discards: list[StopReason] = []
         while True:
             rollout = await self._attempt(item, split, step, index + len(discards) * size)
-            tally.add(rollout)
+            if rollout.id not in self.stored:  # what failed before a resume may have been repaired
+                tally.add(rollout)
             if not rollout.stop_reason.is_discarded:
                 return rollout, discards
             discards.append(rollout.stop_reason)
@@ -231,8 +237,10 @@ class Collector:
             index=index,
             seed=rollout_seed(self.run_seed, split, step, item.id, index),
         )
-        async with self._slot_for(attempt):
-            rollout = await run_rollout(attempt, self.workshop)
+        rollout = self.stored.take(attempt.id)
+        if rollout is None:
+            async with self._slot_for(attempt):
+                rollout = await run_rollout(attempt, self.workshop)
         self.on_rollout(rollout)
         return rollout
 

@@ -1,7 +1,7 @@
-"""Export: the adapter of a run merged into its base model, as a plain model folder.
+"""Export: what a run trained, as a plain model folder: adapters merged into their base, or the whole model.
 
 What transformers, vLLM or any other loader gets are the weights the run's engine sampled from: base and adapter are
-added in fp32 and rounded once to the run's dtype. The folder appears whole or not at all.
+added in fp32, or float32 masters taken, and rounded once to the run's dtype. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rft import checkpoints
 from rft.errors import StorageError, UserError
+from rft.metrics import best_steps
 from rft.store import RunStore
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WHOLE_FILE = "model.safetensors"  # of a run without adapters
 # everything beside the weights that a loader of the base model finds there
 COPIED = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "chat_template*", "*.jinja"),
@@ -25,35 +28,43 @@ COPIED = (
 
 
 def export(run_dir: Path, out_dir: Path, checkpoint: str = "last") -> Path:
-    """Write the model of `checkpoint` ("last", "12" or "step_000012") to `out_dir`, which must be new or empty.
+    """Write the model of `checkpoint` ("last", "best", "12" or "step_000012") to `out_dir`, which must be new or empty.
 
     Raises UserError when there is no such run, checkpoint or base model, or when `out_dir` holds something.
     """
     store = RunStore.open(run_dir)
-    folder = find_checkpoint(store.checkpoints, checkpoint)
+    folder = find_checkpoint(store, checkpoint)
     base, dtype = _base_of(store)
     out_dir = Path(os.path.abspath(out_dir))
     _check_free(out_dir)
     with _whole(out_dir) as temporary:
-        _merge(base, folder, dtype).save_pretrained(temporary)
+        _model(base, folder, dtype).save_pretrained(temporary)
         for pattern in COPIED:
             for path in base.glob(pattern):
                 shutil.copyfile(path, temporary / path.name)
     return out_dir
 
 
-def find_checkpoint(checkpoints: Path, name: str) -> Path:
-    """The folder of a complete checkpoint (its MANIFEST is written last)."""
-    complete = sorted(path.parent for path in checkpoints.glob("step_*/MANIFEST*"))
-    wanted = f"step_{int(name):06d}" if name.isascii() and name.isdigit() else name
-    found = complete[-1:] if name == "last" else [path for path in complete if path.name == wanted]
-    if not found:
-        names = ", ".join(path.name for path in complete) or "none yet"
-        raise UserError(f"there is no checkpoint `{name}`", where=str(checkpoints), cure=f"choose one of: {names}")
-    missing = [file for file in ADAPTER_FILES if not (found[0] / file).is_file()]
-    if missing:
-        raise UserError(f"{', '.join(missing)} is missing", where=str(found[0]), cure="choose another checkpoint")
-    return found[0]
+def find_checkpoint(store: RunStore, name: str) -> Path:
+    """The folder of a complete checkpoint, of "best" the one with the best validation grade. Raises UserError."""
+    if name == "best":
+        name = str(_best_step(store))
+    found = checkpoints.named(store.checkpoints, name)
+    missing = [file for file in ADAPTER_FILES if not (found / file).is_file()]
+    if missing and not (found / WHOLE_FILE).is_file():
+        raise UserError(f"{', '.join(missing)} is missing", where=str(found), cure="choose another checkpoint")
+    return found
+
+
+def _best_step(store: RunStore) -> int:
+    saved = [checkpoints.step_of(path) for path in checkpoints.complete(store.checkpoints)]
+    best = best_steps(store.metrics(), 1, saved)
+    if not best:
+        cure = "choose `last`, or a step; data.validation and evaluation.every say what is evaluated when"
+        raise UserError(
+            "no checkpoint of this run was evaluated on a validation split", where=str(store.path), cure=cure
+        )
+    return best.pop()
 
 
 def _base_of(store: RunStore) -> tuple[Path, str]:
@@ -85,13 +96,29 @@ def _whole(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _merge(base: Path, adapter: Path, dtype: str) -> Any:
-    """The base model with the adapter added in fp32, rounded once to `dtype`."""
+def _model(base: Path, checkpoint: Path, dtype: str) -> Any:
+    """What the engine of the run sampled from, in `dtype`."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    if (checkpoint / WHOLE_FILE).is_file():
+        return _replaced(model, checkpoint / WHOLE_FILE)
+    from peft import PeftModel
+
     # rounded to the run's dtype first: the adapter was trained on top of that
-    merged = PeftModel.from_pretrained(model.float(), adapter, torch_device="cpu").merge_and_unload()
+    merged = PeftModel.from_pretrained(model.float(), checkpoint, torch_device="cpu").merge_and_unload()
     return merged.to(getattr(torch, dtype))
+
+
+def _replaced(model: Any, file: Path) -> Any:
+    """`model` with all weights from `file`: masters in float32, which are rounded once. Tied weights are there once."""
+    from safetensors.torch import load_file
+
+    result = model.load_state_dict(load_file(file), strict=False)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    odd = sorted({*result.missing_keys} - {*tied} | {*result.unexpected_keys})
+    if odd:
+        raise UserError(f"the weights do not fit the base model: {odd[0]}", where=str(file), cure="put the model back")
+    model.tie_weights()
+    return model

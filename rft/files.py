@@ -124,13 +124,18 @@ def replace(path: Path, data: bytes, *, is_durable: bool = True) -> Path:
 
 
 def move_aside(path: Path, folder: Path) -> None:
-    """Move a file under the first free name."""
+    """Move a file, or a folder, under the first free name."""
     folder.mkdir(exist_ok=True)
-    target, number = folder / path.name, 0
+    path.rename(free_name(folder, path.name))
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """`folder/name`, or the first of `folder/name.1`, `folder/name.2`, ... that is not there."""
+    target, number = folder / name, 0
     while target.exists():
         number += 1
-        target = folder / f"{path.name}.{number}"
-    path.rename(target)
+        target = folder / f"{name}.{number}"
+    return target
 
 
 def read_json(path: Path) -> dict[str, Any]:

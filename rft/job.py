@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ from rft.pipeline import Pipeline
 from rft.preflight import check_fits, load_splits, open_store
 from rft.progress import Display
 from rft.report import final_table, write_report
+from rft.reuse import StoredRollouts, Usable
 from rft.rollout import Workshop
 from rft.sampling import Sampling
 from rft.store import RunStore
@@ -61,16 +62,25 @@ class _Job:
     chat: Chat
     watchdog: Watchdog
     stack: AsyncExitStack
+    stored: StoredRollouts = field(default_factory=StoredRollouts)
 
     def note(self, text: str) -> None:
         self.store.append_event("info", text)
         self.display.line(text)
 
 
-def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = False, replay: Path | None = None) -> Path:
+def run_job(
+    config: RunConfig,
+    *,
+    run_id: str | None = None,
+    resume: bool = False,
+    replay: Path | None = None,
+    checkpoint: str | None = None,
+) -> Path:
     """Train from `config` (or continue a run) and return the run folder. Raises RftError with one clear message.
 
     replay: the folder of a run whose stored rollouts are trained on; no engine, no tools, no evaluation.
+    checkpoint: which one of the run to continue from; by default the newest.
     """
     _quieten()
     if int(os.environ.get("RANK", "0")) > 0:
@@ -89,7 +99,7 @@ def run_job(config: RunConfig, *, run_id: str | None = None, resume: bool = Fals
         job.store.mark_done()
         job.display.line(f"report: {job.store.path / 'report.json'} and report.png")
 
-    return _run(config, run_id, resume, work, report)
+    return _run(config, lambda: open_store(config, run_id, resume, checkpoint), work, report)
 
 
 def run_sampling(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
@@ -98,7 +108,7 @@ def run_sampling(config: RunConfig, *, run_id: str | None = None, resume: bool =
     Raises RftError with one clear message.
     """
     _quieten()
-    return _run(config, run_id, resume, _sample_only, lambda job: job.store.mark_done())
+    return _run(config, lambda: open_store(config, run_id, resume), _sample_only, lambda job: job.store.mark_done())
 
 
 def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
@@ -140,8 +150,7 @@ def _quieten() -> None:
 
 def _run(
     config: RunConfig,
-    run_id: str | None,
-    resume: bool,
+    opened: Callable[[], RunStore],
     work: Callable[[_Job], None],
     finish: Callable[[_Job], None],
 ) -> Path:
@@ -149,7 +158,7 @@ def _run(
     chat = Chat.from_folder(config.model.path)
     check_fits(config, chat, items)
     with Display() as display:
-        store = open_store(config, run_id, resume)
+        store = opened()
         display.line(f"run folder: {store.path}")
         watchdog = Watchdog(loop := asyncio.Runner(), store, lambda: display.label)
         job = _Job(config, store, display, items, chat, watchdog, AsyncExitStack())
@@ -227,7 +236,7 @@ def _train(job: _Job, policy: Policy, leader: Leader) -> None:
 
     with policy.ranks.leading():
         step = _restore(job, policy)
-        job.store.rewind(step)
+        _rewind(job, step, job.config.training.staleness)
         train(job.config, policy, leader, step + 1)
 
 
@@ -237,11 +246,12 @@ def _sample_only(job: _Job) -> None:
         job.watchdog.run(start_parts(job.config, parts, job.store, job.stack, phase.status))
     sampling, last = _sampling(job, parts), job.config.training.steps
     done = max((row["step"] for row in job.store.metrics() if row.get("kind") == "sampling"), default=0)
-    job.store.rewind(done)
+    _rewind(job, done, None)
     for step in range(done + 1, last + 1):
         groups = sampling.groups(step)
         row: dict[str, Any] = {"step": step, "kind": "sampling", **group_metrics(groups)}
         row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
+        row["rollouts/reused"] = sampling.settle("train", step)
         job.store.append_metrics(row)
         job.store.write_state({"status": "running", "step": step, "steps": last})
         job.display.line(sampling_line(row, last))
@@ -267,7 +277,7 @@ def _sampling(job: _Job, parts: Parts) -> Sampling:
         config.engine.max_model_len,
         job.watchdog.waits,
     )
-    collector = Collector(workshop, job.store.path.name, config.seed, job.store.append_rollout)
+    collector = Collector(workshop, job.store.path.name, config.seed, job.store.append_rollout, job.stored)
     return Sampling(config, collector, job.watchdog, job.store, job.display, job.items)
 
 
@@ -279,14 +289,25 @@ def _restore(job: _Job, policy: Policy) -> int:
 
     latest = checkpoint.latest(job.store.checkpoints)
     if latest is not None:
-        step = int(checkpoint.load(latest, policy)["step"])
-        job.display.line(f"continuing after step {step}")
-        return step
+        return int(checkpoint.load(latest, policy)["step"])
     if job.config.model.init_from is not None:
         source = checkpoint.find(job.config.model.init_from)
         checkpoint.load_weights(source, policy)
+        # resumed before its first step the run starts from the same weights, whatever has become of the other run
+        checkpoint.save(job.store.checkpoints, 0, policy, {})
         job.note(f"starting from the weights of {source}")
     return 0
+
+
+def _rewind(job: _Job, step: int, staleness: int | None) -> None:
+    """Move aside what was made after `step`, but for the finished rollouts that the run can go on with."""
+    store = job.store
+    splits = [split for split in job.items if split != "train" and not store.has_evaluation(split, step)]
+    kept = store.rewind(step, Usable(store.path.name, step, staleness, splits))
+    job.stored.fill(kept)
+    if step or kept:
+        used = f": {job.stored.told()} {'is' if len(kept) == 1 else 'are'} used" if kept else ""
+        job.display.line(f"continuing after step {step}{used}")
 
 
 def _sync_kind(config: RunConfig, policy: Policy) -> Literal["adapter", "merged", "transfer"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -150,6 +150,14 @@ def _change(older: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], n
     half_widths = [row[f"{name}_ci95"] / len(part) for part in (older, recent) for row in part]
     means = [fmean(row[name] for row in part) for part in (older, recent)]
     return means[1] - means[0], math.hypot(*half_widths)
+
+
+def best_steps(rows: Iterable[dict[str, Any]], count: int, among: Collection[int]) -> set[int]:
+    """Of the steps `among` those with the highest validation grades; of equal ones the later."""
+    found = [row for row in rows if row.get("kind") == "evaluation" and row["split"] == "validation"]
+    graded = {row["step"]: row["grade"] for row in found if row.get("grade") is not None and row["step"] in among}
+    ranked = sorted(graded, key=lambda step: (graded[step], step))
+    return set(ranked[len(ranked) - count :]) if count < len(ranked) else set(ranked)
 
 
 def stop_shares(row: dict[str, Any]) -> dict[str, float]:

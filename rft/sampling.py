@@ -71,8 +71,19 @@ class Sampling:
         size = self.config.evaluation.rollouts_per_item
         with self.showing(split, step, f"evaluating {split}", len(items) * size):
             row = self.watchdog.run(evaluate(self.collector, items, split, step, size))
+        row["rollouts/reused"] = self.settle(split, step)
         self.store.append_metrics(row)
         self.display.line(evaluation_line(row))
+
+    def settle(self, split: Split, step: int) -> int:
+        """To be called when a step is complete: how many of its rollouts an interrupted run had finished.
+
+        What that run had sampled beyond the step as it is now is moved aside.
+        """
+        num_reused, left = self.collector.stored.settle(split, step)
+        if left:
+            self.store.set_aside(step, left)
+        return num_reused
 
     @contextmanager
     def showing(self, split: Split, step: int, label: str, total: int) -> Iterator[None]:
@@ -103,7 +114,8 @@ class Sampling:
             phase.status(f"step {step}: training, {num_ahead} rollouts sampled ahead")
 
     def _observe(self, rollout: Rollout) -> None:
-        self.store.append_rollout(rollout)
+        if rollout.id not in self.collector.stored:
+            self.store.append_rollout(rollout)
         if rollout.stop_reason.is_discarded:
             return
         place = (rollout.split, rollout.step)

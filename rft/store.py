@@ -10,15 +10,17 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
 from rft.errors import StorageError, UserError
-from rft.files import Appender, append_apart, finite, has_open, move_aside, parsed, read_json, replace, rows, storing
+from rft.files import Appender, append_apart, finite, has_open, parsed, read_json, replace, rows, storing
+from rft.sift import readable, sift
 from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
@@ -92,6 +94,10 @@ class RunStore:
         return self.path / "rollouts"
 
     @property
+    def _superseded(self) -> Path:
+        return self.rollout_folder / "superseded"
+
+    @property
     def is_done(self) -> bool:
         return (self.path / "DONE").exists()
 
@@ -145,14 +151,22 @@ class RunStore:
         """Replace a report file. Reports derive from the rest, so this needs no lock."""
         return replace(self.path / name, data)
 
-    def rewind(self, step: int) -> None:
-        """Move aside what belongs to steps after `step`, and the mark that the run is done."""
+    def rewind(self, step: int, is_usable: Callable[[Rollout], bool] = lambda _: False) -> list[Rollout]:
+        """Move aside what belongs to steps after `step`, and the mark that the run is done.
+
+        Rollouts that `is_usable` accepts stay where they are and are returned, with those of `step` itself.
+        """
         self.lock()
         self._files.close()
+        kept = [rollout for rollout in readable(self._rollout_path(step)) if is_usable(rollout)]
         with storing(self.path):
-            for path in sorted(self.rollout_folder.glob("step_*.*")):
+            for path in sorted(self.rollout_folder.glob("step_*.jsonl")):
                 if _step_of(path) > step:
-                    move_aside(path, self.rollout_folder / "superseded")
+                    kept += sift(path, is_usable, self._superseded)
+            for left_over in (*self.path.glob(".*.tmp"), *self.rollout_folder.glob(".*.tmp")):
+                left_over.unlink()  # of a file that a killed process was replacing
+            for left_over in self.weights.glob(".*"):  # weights that it was publishing: as large as the model
+                shutil.rmtree(left_over)
             (self.path / "DONE").unlink(missing_ok=True)
         metrics = self.path / "metrics.jsonl"
         written = list(rows(metrics))
@@ -160,8 +174,16 @@ class RunStore:
         if later:
             for row in later:
                 self._append(self.path / "metrics.superseded.jsonl", json.dumps(row))
-            kept = [json.dumps(row) + "\n" for row in written if row.get("step", 0) <= step]
-            replace(metrics, "".join(kept).encode())
+            left = [json.dumps(row) + "\n" for row in written if row.get("step", 0) <= step]
+            replace(metrics, "".join(left).encode())
+        return kept
+
+    def set_aside(self, step: int, ids: Collection[str]) -> None:
+        """Move rollouts of a step out of its file: the step was made without them."""
+        self.lock()
+        self._files.close()
+        with storing(self.path):
+            sift(self._rollout_path(step), lambda rollout: rollout.id not in ids, self._superseded)
 
     # --- reading ---
 

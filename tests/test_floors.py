@@ -17,7 +17,7 @@ FLOORS = {
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.files rft.live rft.supervise",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
-    4: "rft.engines rft.store rft.budget",
+    4: "rft.engines rft.store rft.sift rft.checkpoints rft.budget rft.reuse",
     5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.doctor rft.report rft.export "

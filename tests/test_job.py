@@ -26,6 +26,7 @@ GRADER = "def grade(sample, item):\n    text = sample['output_text']\n    return
 TIMINGS = (
     *("time/", "train/duration_s", "train/tool_latency_s", "seconds", "duration_s", "tool_latency_s"),
     *("grader/", "train/grader/"),  # latency, and what a resumed run finds in its cache
+    "rollouts/reused",
 )
 
 

@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
+from rft.checkpoints import complete, step_of
 from rft.config import RunConfig
 from rft.errors import NumericsError
-from rft.metrics import Clock
+from rft.metrics import Clock, best_steps
 from rft.shaping import shaped_scores
 from rft.trainers import checkpoint
 from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks, weigh
@@ -40,6 +41,7 @@ def train(config: RunConfig, policy: Policy, leader: Leader, first_step: int) ->
     MemoryLimitError or NoProgressError; the run folder then holds everything up to the last completed step.
     """
     leader.begin(policy, first_step)
+    _prune(config, leader)  # a run that ended between saving and here left one too many
     skips: list[StepStats] = []
     for step in _steps(config, leader, first_step):
         clock = Clock()
@@ -135,4 +137,11 @@ def _save_and_evaluate(config: RunConfig, policy: Policy, leader: Leader, step: 
         leader.beside(lambda: checkpoint.save(folder, step, policy, {}))
     if is_evaluated:
         leader.evaluate("validation", step)
-    checkpoint.prune(folder, training.keep_checkpoints, leader.best_steps(training.keep_best))
+    _prune(config, leader)
+
+
+def _prune(config: RunConfig, leader: Leader) -> None:
+    """Keep the newest checkpoints and the best ones."""
+    training, folder = config.training, leader.store.checkpoints
+    saved = [step_of(path) for path in complete(folder)]
+    checkpoint.prune(folder, training.keep_checkpoints, best_steps(leader.store.metrics(), training.keep_best, saved))

@@ -65,12 +65,6 @@ class Leader:
     def evaluate(self, split: Split, step: int) -> None:
         """How good the policy is on a split."""
 
-    def best_steps(self, count: int) -> set[int]:
-        """The steps with the highest validation grades; of equal ones the later."""
-        rows = [row for row in self.store.metrics() if row.get("kind") == "evaluation" and row["split"] == "validation"]
-        graded = sorted((row["grade"], row["step"]) for row in rows if row.get("grade") is not None)
-        return {step for _, step in graded[len(graded) - count :]} if count else set()
-
     def record(self, step: int, groups: list[Group], update: dict[str, float], clock: Clock) -> None:
         """The step's row in the metrics, the state, and the line that a person follows."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
@@ -151,7 +145,8 @@ class SamplingLeader(Leader):
     def publish(self, policy: Policy, step: int, groups: list[Group]) -> dict[str, float]:
         """The new weights to the engine, and the proof that they arrived; what came of sampling beside training."""
         run = self.pipeline.sampling.watchdog.run
-        metrics = {"groups/stale": self.pipeline.num_stale, "time/hidden_s": self.pipeline.hidden_s}
+        reused = {"rollouts/reused": self.pipeline.sampling.settle("train", step)}
+        metrics = reused | {"groups/stale": self.pipeline.num_stale, "time/hidden_s": self.pipeline.hidden_s}
         run(self.engine.load(self.beside(lambda: self.sync.publish(policy, step))))
         sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
         probed = sequences[:_PROBE_SEQUENCES] or [self.first_prompt(group.item) for group in groups[:1]]
