@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rft.config import ModelConfig, TrainingConfig
 from rft.engines import sync_kind
 from rft.errors import MemoryLimitError, UserError
-from rft.trainers import sharding
+from rft.trainers import deepspeed, sharding
 from rft.trainers.attention import attention_inputs, attention_window
 from rft.trainers.batch import Layout, MicroBatch, build_micro_batches, one_path
 from rft.trainers.halving import free_memory, halve, is_out_of_memory
@@ -117,6 +117,8 @@ class Policy:
         self.ranks = Ranks(accelerator)
         self.device = self.ranks.device
         self.is_sharded = self.ranks.num > 1 and sharding.is_asked_for()
+        if deepspeed.is_asked_for():
+            deepspeed.check_fits(model, training)
         self.layout: Layout | None = "plain" if training.batch == "plain" else None  # None: not yet checked
         self.max_tokens = training.max_tokens_per_micro_batch  # lowered when memory does not suffice
         is_lora = model.lora is not None
@@ -136,6 +138,7 @@ class Policy:
         self._reference_scorer = self._load_reference(model, dtype) if training.kl_coef else None
         self.optimizer = build_optimizer(self.weights.parameters, training, self.device)
         self.scheduler = build_schedule(self.optimizer, training)
+        self._zero = deepspeed.build_zero(self._scorer, self.optimizer, training.max_grad_norm, self.ranks)
 
     def _place_early(self, model: nn.Module) -> None:
         if not self.is_sharded:  # a sharded one goes to its device layer by layer
@@ -268,17 +271,14 @@ class Policy:
         """
         learning_rate = float(self.scheduler.get_last_lr()[0])
         rows = self._accumulate(micro_batches, on_micro_batch)
-        parameters = self.weights.parameters
-        self.ranks.sum_gradients(parameters)
-        grad_norm = clip_gradients(parameters, self.training.max_grad_norm)
         totals = self._totals(rows)
+        grad_norm = self._step_weights(math.isfinite(totals["loss"]))
         is_finite = math.isfinite(grad_norm) and math.isfinite(totals["loss"])
         if is_finite:
-            self.optimizer.step()
             self.weights.after_step()
             self.scheduler.step()
         bad_rollouts = () if is_finite else tuple(sorted(self.ranks.union(self._bad_rollouts(micro_batches))))
-        self.optimizer.zero_grad()
+        self._zero_grad()
         return StepStats(
             grad_norm=grad_norm,
             learning_rate=learning_rate,
@@ -288,6 +288,23 @@ class Policy:
             bad_rollouts=bad_rollouts,
             **totals,
         )
+
+    def _zero_grad(self) -> None:
+        if self._zero is not None:
+            self._zero.zero_grad()
+        else:
+            self.optimizer.zero_grad()
+
+    def _step_weights(self, is_finite: bool) -> float:
+        """Step what is trained, unless the loss or the gradient is not finite; the gradient's norm."""
+        if self._zero is not None:
+            return self._zero.step()
+        parameters = self.weights.parameters
+        self.ranks.sum_gradients(parameters)
+        grad_norm = clip_gradients(parameters, self.training.max_grad_norm)
+        if is_finite and math.isfinite(grad_norm):
+            self.optimizer.step()
+        return grad_norm
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], on_micro_batch: Callable[[], None] | None
@@ -312,17 +329,18 @@ class Policy:
         self, micro_batches: list[MicroBatch], on_micro_batch: Callable[[], None] | None
     ) -> list[list[float]] | None:
         """The micro-batches' statistics; None when memory ran out on any rank. Gradients are in the parameters."""
-        self.optimizer.zero_grad()
+        self._zero_grad()
         rows: list[list[float]] = []
         is_full = False
         try:
-            for micro_batch in micro_batches:
-                rows.append(self._backward(micro_batch.to(self.device)))
+            for index, micro_batch in enumerate(micro_batches):
+                rows.append(self._backward(micro_batch.to(self.device), is_last=index == len(micro_batches) - 1))
                 if on_micro_batch is not None:
                     on_micro_batch()
         except RuntimeError as error:
-            # where weights are sharded the other ranks wait inside this forward pass: they cannot start again with us
-            if not is_out_of_memory(error) or self.is_sharded:
+            # where weights are sharded the other ranks wait inside this forward pass, with DeepSpeed inside the
+            # backward pass: they cannot start again with us
+            if not is_out_of_memory(error) or self.is_sharded or self._zero is not None:
                 raise
             is_full = True
         if self.ranks.any(is_full):
@@ -330,11 +348,11 @@ class Policy:
             return None
         return rows
 
-    def _backward(self, micro_batch: MicroBatch) -> list[float]:
+    def _backward(self, micro_batch: MicroBatch, *, is_last: bool = True) -> list[float]:
         """Accumulate one micro-batch's gradient; returns its share of the step's statistics as sums."""
         reference = self._reference(micro_batch) if self.objective.kl_coef else None
         has_bonus = self.objective.entropy_coef > 0
-        logprobs, entropies = self._scorer(micro_batch, self.temperature, has_bonus)
+        logprobs, entropies = (self._zero or self._scorer)(micro_batch, self.temperature, has_bonus)
         tokens = Tokens(
             logprobs,
             micro_batch.sampled_logprobs,
@@ -345,7 +363,10 @@ class Policy:
             entropies[micro_batch.predictor_index] if has_bonus else None,
         )
         loss, stats = policy_loss(self.objective, tokens)
-        (loss * self._loss_scale).backward()
+        if self._zero is not None:
+            self._zero.backward(loss, is_last=is_last)
+        else:
+            (loss * self._loss_scale).backward()
         return [
             loss.item(),
             *_sums(stats),
@@ -382,12 +403,13 @@ class Policy:
         """
         found: set[int] = set()
         for micro_batch in micro_batches:
-            self.optimizer.zero_grad()
+            self._zero_grad()
             moved = micro_batch.to(self.device)
             (loss, *_) = self._backward(moved)
             terms = self.logprobs(moved) - moved.sampled_logprobs
             is_bad = ~torch.isfinite(terms * moved.advantages)
-            norm = total_norm(self.weights.parameters)
+            # DeepSpeed has no norm of one rank's gradient: it is this micro-batch's fault if the terms say so
+            norm = total_norm(self.weights.parameters) if self._zero is None else math.nan if is_bad.any() else 0.0
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 found |= set(moved.rollout_index[is_bad if bool(is_bad.any()) else slice(None)].tolist())
         return found
@@ -418,17 +440,23 @@ class Policy:
         """Replace what is trained by what `save_weights` wrote. Collective. Raises UserError when it does not fit."""
         with self.ranks.join("load_weights", path):
             self.weights.load(path)
+            if self._zero is not None:
+                self._zero.take_weights()
 
     def training_state(self) -> dict[str, Any]:
         """Optimizer and schedule, as `load_training_state` takes them. Collective where sharded."""
-        with self._joined("training_state"):
-            return {"optimizer": optimizer_state(self.optimizer), "scheduler": self.scheduler.state_dict()}
+        with self.ranks.join("training_state") if self._zero is not None else self._joined("training_state"):
+            optimizer = self._zero.optimizer_state() if self._zero is not None else optimizer_state(self.optimizer)
+            return {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load_training_state(self, path: Path) -> None:
         """From a file that holds, among others, what `training_state` gave. Collective: every rank reads it."""
         with self.ranks.join("load_training_state", path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            load_optimizer_state(self.optimizer, state["optimizer"])
+            if self._zero is not None:
+                self._zero.load_optimizer_state(state["optimizer"])
+            else:
+                load_optimizer_state(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
 
 
