@@ -32,9 +32,10 @@ from rft.store import RunStore
 from rft.trainers import checkpoint
 from rft.trainers.grpo import train
 from rft.trainers.leader import SamplingLeader
-from rft.trainers.policy import Policy, StepStats
+from rft.trainers.policy import Policy
 from rft.trainers.ranks import build_accelerator
 from rft.trainers.sync import Sync
+from rft.trainers.update import StepStats
 from rft.types import Grade, Group, Item, rollout_id
 from rft.watch import Watchdog
 

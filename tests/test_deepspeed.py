@@ -56,8 +56,7 @@ def make():
             for index, parameter in enumerate(policy.weights.parameters):
                 torch.manual_seed(index)
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        if policy._zero is not None:
-            policy._zero.take_weights()
+        policy.stepper.take_weights()
     return policy
 
 def step(policy, seed, poisoned=False):

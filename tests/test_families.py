@@ -343,7 +343,7 @@ def test_losses_and_noise_of_routers_stay_off(tmp_path: Path, folders, name: str
 def test_the_reference_of_a_mixture_is_the_model_without_adapters(folders) -> None:
     policy = a_policy(folders["qwen3_moe"])
     (batch,) = build_micro_batches([random_group(0)], values([random_group(0)]), 10_000, "packed")
-    reference, plain = policy._reference(batch), a_policy(folders["qwen3_moe"])
+    reference, plain = policy.reference_logprobs(batch), a_policy(folders["qwen3_moe"])
     for parameter in plain.weights.parameters:
         parameter.data.zero_()
     assert torch.allclose(reference, plain.logprobs(batch), atol=1e-6)

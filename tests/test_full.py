@@ -158,7 +158,7 @@ def _num_saved_bytes(policy: Policy) -> int:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: sizes.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor
     ):
-        policy._scorer(a_window()[0], 0.8)
+        policy.scorer(a_window()[0], 0.8)
     return sum(sizes.values())
 
 
@@ -168,12 +168,12 @@ def test_the_reference_may_be_a_second_model(tmp_path):
     batch = a_window()[0]
     untrained = full_policy(path).logprobs(batch)
     policy = full_policy(path, kl_coef=0.5)
-    assert torch.equal(policy._reference(batch), untrained), "without model.reference it is the untrained model"
+    assert torch.equal(policy.reference_logprobs(batch), untrained), "without model.reference it is the untrained model"
     stats = [policy.step([batch], batch.num_tokens) for _ in range(2)]
     assert stats[0].reference_kl == 0 and stats[1].reference_kl > 0
     model = ModelConfig(path=path, dtype="float32", lora=LoraConfig(rank=4), reference=other)
     adapted = Policy(model, TrainingConfig(steps=1, kl_coef=0.5), 0.8, build_accelerator(seed=0), seed=0)
-    assert torch.equal(adapted._reference(batch), full_policy(other).logprobs(batch))
+    assert torch.equal(adapted.reference_logprobs(batch), full_policy(other).logprobs(batch))
 
 
 # --- memory and numbers that run out ---
@@ -213,13 +213,14 @@ def test_out_of_memory_halves_once_and_says_what_to_set(tmp_path, caplog):
     expected = make_policy(path)
     expected.step([batch], batch.num_tokens)
     policy = make_policy(path)
-    policy._scorer = SmallMemory(policy._scorer, batch.num_row_tokens - 1)
+    memory = SmallMemory(policy.scorer, batch.num_row_tokens - 1)
+    policy.stepper.forward = memory
     policy.step([batch], batch.num_tokens)
     assert f"training.max_tokens_per_micro_batch={batch.num_row_tokens // 2}" in caplog.text
     assert policy.max_tokens == batch.num_row_tokens // 2, "the steps after it ask for less"
     for one, other in zip(expected.weights.parameters, policy.weights.parameters, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-    policy._scorer.limit = 10
+    memory.limit = 10
     with pytest.raises(MemoryLimitError, match=r"(?s)out of memory.*max_tokens_per_micro_batch=.*gradient_checkpoint"):
         policy.step([batch], batch.num_tokens)
 

@@ -25,7 +25,7 @@ from rft.metrics import staleness_metrics
 from rft.replay import stored_groups
 from rft.slots import Slots
 from rft.store import RunStore
-from rft.trainers.policy import StepStats
+from rft.trainers.update import StepStats
 from rft.types import Group, Message, Rollout, StopReason, Turn
 
 SECONDS = 0.4

@@ -29,6 +29,7 @@ from rft.trainers.attention import attention_inputs, block_mask, cut_chains
 from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens, split_over_ranks, weigh
 from rft.trainers.policy import Policy
 from rft.trainers.ranks import build_accelerator
+from rft.trainers.update import backward
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
@@ -78,7 +79,7 @@ def gradients(policy: Policy, batches: list[MicroBatch]) -> torch.Tensor:
     """The gradient of one window as a vector, through the policy's own accumulation."""
     policy.optimizer.zero_grad()
     for batch in batches:
-        policy._backward(batch)
+        backward(policy, batch)
     return torch.cat([parameter.grad.flatten() for parameter in policy.weights.parameters])
 
 
@@ -190,7 +191,7 @@ def test_the_entropy_bonus_raises_the_entropy(tmp_path):
     (batch,) = build_micro_batches([random_group(0)], [torch.zeros(8)], 10_000, "packed")
     stats = [policy.step([batch], batch.num_tokens) for _ in range(3)]
     assert stats[0].entropy < stats[1].entropy < stats[2].entropy
-    entropies = policy._scorer(batch, 0.8)[1][batch.predictor_index]  # of the tokens, not of the distinct positions
+    entropies = policy.scorer(batch, 0.8)[1][batch.predictor_index]  # of the tokens, not of the distinct positions
     assert policy.step([batch], batch.num_tokens).loss == pytest.approx(-0.1 * entropies.mean().item(), rel=1e-5)
 
 
@@ -329,8 +330,8 @@ def test_the_reference_is_the_model_without_its_adapter(tmp_path, sync):
     plain = make_policy(path, sync=sync)
     for parameter in plain.weights.parameters:
         parameter.data.zero_()
-    assert torch.allclose(policy._reference(batch), plain.logprobs(batch), atol=1e-6)
-    assert not torch.allclose(policy._reference(batch), policy.logprobs(batch), atol=1e-3)
+    assert torch.allclose(policy.reference_logprobs(batch), plain.logprobs(batch), atol=1e-6)
+    assert not torch.allclose(policy.reference_logprobs(batch), policy.logprobs(batch), atol=1e-3)
     stats = [policy.step([batch], batch.num_tokens) for _ in range(3)]
     assert stats[0].reference_kl > stats[2].reference_kl > 0, "the KL term pulls the policy back"
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rft.config import ModelConfig, TrainingConfig
 from rft.errors import ConfigError
-from rft.trainers.ranks import Ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _IGNORED = {  # of the launch: (what leaves it alone, the cure)
@@ -30,12 +29,10 @@ _IGNORED = {  # of the launch: (what leaves it alone, the cure)
 }
 
 
-def is_asked_for() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def check_fits(model: ModelConfig, training: TrainingConfig) -> None:
-    """Raises ConfigError for what the launch or the config asks and DeepSpeed here does not do."""
+def is_asked_for(model: ModelConfig, training: TrainingConfig) -> bool:
+    """True when the launch asks for DeepSpeed. Raises ConfigError for what it or the config asks and is not done."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return False
     for name, (value, cure) in _IGNORED.items():
         if os.environ.get(name, value).lower() != value:
             field = name.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
@@ -49,10 +46,13 @@ def check_fits(model: ModelConfig, training: TrainingConfig) -> None:
     if training.optimizer != "adamw":
         cure = "set training.optimizer=adamw: its state is spread over the ranks anyway"
         raise ConfigError("DeepSpeed steps AdamW only", where="training.optimizer", cure=cure)
+    return True
 
 
-class ZeroEngine:
-    """DeepSpeed's engine around a module: where it is, it takes the place of the optimizer's own step."""
+class ZeroStepper:
+    """DeepSpeed's engine around a scorer: see `stepper.Stepper`."""
+
+    is_lockstep = True  # it reduces inside the backward pass
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
@@ -69,9 +69,9 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=_settings(max_norm), dist_init_required=False
         )[0]
 
-    def __call__(self, *args: Any) -> Any:
-        """The module's forward pass, to be followed by `backward`."""
-        return self._engine(*args)
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._engine(*args)
+        return found
 
     def zero_grad(self) -> None:
         """Forget the gradients of a pass that did not end in `step`: the parameters' and those already reduced."""
@@ -81,18 +81,17 @@ class ZeroEngine:
             reduced.update(dict.fromkeys(reduced))
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add up the gradient of this rank's `loss`; the window's loss is the sum of all of them. Collective.
-
-        is_last: `step` comes next.
-        """
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self._num_ranks, scale_wrt_gas=False)  # gradients come averaged over the ranks
 
-    def step(self) -> float:
-        """Clip and step, unless the gradient is not finite; the norm it had before clipping. Collective."""
+    def step(self, *, is_finite: bool) -> float:
+        """Steps unless the gradient is not finite, which it is when the loss is not."""
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return norm if self._engine.was_step_applied() else math.inf
+
+    def norm(self) -> float | None:
+        return None  # gradients are reduced as they come
 
     # --- whole tensors, in the form of a plain AdamW's `state_dict` ---
 
@@ -132,14 +131,6 @@ class ZeroEngine:
     def take_weights(self) -> None:
         """The module's weights were replaced: step from them. Not collective."""
         self._engine.optimizer.refresh_fp32_params()
-
-
-def build_zero(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, ranks: Ranks) -> ZeroEngine | None:
-    """The engine that the launch asks for; None without, or on a single rank, which has nothing to share."""
-    if not is_asked_for() or ranks.num == 1:
-        return None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return ZeroEngine(module, optimizer, parameters, max_norm)
 
 
 def _stage() -> int:

@@ -24,7 +24,8 @@ from rft.trainers import checkpoint
 from rft.trainers.batch import MicroBatch, count_tokens, split_over_ranks, weigh
 from rft.trainers.leader import Leader
 from rft.trainers.objective import advantages
-from rft.trainers.policy import Policy, StepStats
+from rft.trainers.policy import Policy
+from rft.trainers.update import StepStats
 from rft.types import Group
 
 logger = logging.getLogger(__name__)
