@@ -28,7 +28,7 @@ from rft.store import RunStore
 pytestmark = pytest.mark.slow
 DEADLINE_S = 120
 GRADER = "def grade(sample, item):\n    return sum(map(ord, sample['output_text'])) % 97 / 97\n"
-KINDS = ("lora", "full", "adaptive")
+KINDS = ("lora", "full", "adaptive", "ahead")
 # Which call of a point is the last one. Two steps of 2 x 2 rollouts of one turn, 2 validation items.
 CASES = [
     ("sampling a turn", 6),
@@ -113,6 +113,8 @@ def write_config(folder: Path, kind: str, shared: Path) -> None:
         tree["grader"] = {"type": "python", "source": GRADER}
     if kind == "adaptive":
         tree["training"] |= {"allocation": "adaptive", "first_rollouts": 2, "base_rollouts": 4}
+    if kind == "ahead":
+        tree["training"] |= {"staleness": 1, "steps": 3}
     folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
 
@@ -232,3 +234,35 @@ def test_killed_while_it_makes_room_for_the_resumed_run(
         driver.run(tmp_path, "--resume", point="rewinding", count=count)
     driver.run(tmp_path, "--resume")
     assert_equal(tmp_path / "runs" / "run", uninterrupted["lora"])
+
+
+@pytest.mark.parametrize(("point", "count"), [("grading", 10), ("forward", 3), ("saving", 2), ("publishing", 2)])
+def test_a_run_that_samples_ahead_loses_at_most_the_step_in_flight(
+    driver: Driver, uninterrupted: dict[str, Path], shared: Path, tmp_path: Path, point: str, count: int
+) -> None:
+    """What it samples from depends on timing, so it is not compared bit for bit; no token is too old, none is lost."""
+    write_config(tmp_path, "ahead", shared)
+    driver.run(tmp_path, point=point, count=count)
+    run = tmp_path / "runs" / "run"
+    last = max((row["step"] for row in RunStore.open(run).metrics() if row["kind"] == "training"), default=0)
+    found = latest(run / "checkpoints")
+    saved = int(found.name.removeprefix("step_")) if found is not None else 0
+    assert saved >= last - 1
+    before = {rollout.id: rollout for rollout in RunStore.open(run).rollouts() if rollout.split == "train"}
+    driver.run(tmp_path, "--resume")
+    rows = [row for row in RunStore.open(run).metrics() if row["kind"] == "training"]
+    whole = [row for row in RunStore.open(uninterrupted["ahead"]).metrics() if row["kind"] == "training"]
+    assert [row["step"] for row in rows] == [row["step"] for row in whole] == [1, 2, 3]
+    after = {rollout.id: rollout for rollout in RunStore.open(run).rollouts(split="train")}
+    assert len(after) == 3 * 2 * 2 and all(
+        rollout.step - 2 <= turn.policy_version <= rollout.step - 1
+        for rollout in after.values()
+        for turn in rollout.turns
+    )
+    current = [
+        rollout for rollout in before.values()
+        if rollout.step > saved and all(turn.policy_version <= saved for turn in rollout.turns)
+    ]  # fmt: skip
+    assert current and all(after[rollout.id] == rollout for rollout in current)
+    assert sum(row["rollouts/reused"] for row in rows) == len(current)
+    assert_clean(run)
