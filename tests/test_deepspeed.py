@@ -161,14 +161,15 @@ def test_what_deepspeed_does_not_do_here_is_refused(
     training: dict[str, Any],
     words: str,
 ) -> None:
-    for name, value in environment.items():
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
-        deepspeed.check_fits(ModelConfig(path=Path("m"), **model), TrainingConfig(steps=1, **training))
+        deepspeed.is_asked_for(ModelConfig(path=Path("m"), **model), TrainingConfig(steps=1, **training))
 
 
 def test_what_it_does_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for name in ("CONFIG_FILE", "OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE"):  # what accelerate's launch says
         monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", "none")
     for model in ({}, {"lora": None, "dtype": "float32"}):
-        deepspeed.check_fits(ModelConfig(path=Path("m"), **model), TrainingConfig(steps=1))
+        assert deepspeed.is_asked_for(ModelConfig(path=Path("m"), **model), TrainingConfig(steps=1))
