@@ -35,6 +35,8 @@ from rft.trainers.sync import Sync
 from rft.types import Message, ToolResult
 from tests.families import EXPERTS, FAMILIES, family_folder, family_tokenizer, multimodal_folder
 
+pytestmark = pytest.mark.slow  # thirteen models in two modes
+
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
 # how a model is trained: `model.lora`
@@ -267,7 +269,7 @@ def test_a_run_of_the_family_is_exported_whole(tmp_path: Path, name: str, mode: 
     (row,) = [row for row in RunStore.open(run).metrics() if row["kind"] == "training"]
     assert row["logprob_gap/max"] < 1e-4, "sampled token by token with a cache, windows included"
     policy = Policy(config.model, config.training, 1.0, build_accelerator(seed=0), seed=0)
-    policy.load_weights(find_checkpoint(run / "checkpoints", "last"))
+    policy.load_weights(find_checkpoint(RunStore.open(run), "last"))
     out = export(run, tmp_path / "out")
     assert load_file(out / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     assert scores(out, IDS) == pytest.approx(policy.score(IDS, 1), abs=2e-5)

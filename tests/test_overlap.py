@@ -28,6 +28,8 @@ from rft.store import RunStore
 from rft.trainers.update import StepStats
 from rft.types import Group, Message, Rollout, StopReason, Turn
 
+pytestmark = pytest.mark.slow  # a training each
+
 SECONDS = 0.4
 
 

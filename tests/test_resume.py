@@ -23,6 +23,8 @@ from rft.metrics import best_steps
 from rft.store import RunStore
 from rft.trainers.sync import Sync
 
+pytestmark = pytest.mark.slow  # two trainings each
+
 FULL = {"lora": None, "dtype": "float32"}
 
 

@@ -29,6 +29,8 @@ from rft.job import run_job, run_sampling, run_warmup
 from rft.lesson import load_lesson
 from rft.store import RunStore
 
+pytestmark = pytest.mark.slow  # TRL, and a training each
+
 pytest.importorskip("trl", reason="the warm-up needs TRL: scripts/setup --warmup")
 
 GRADER = "def grade(sample, item):\n    return float(len(sample['output_tools']) > 0)\n"
