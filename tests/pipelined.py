@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from scripted_engine import ScriptedEngine
+from test_job import a_config
 from test_rollout import CALL, SEARCH, RecordingEnvironment, RecordingGrader
 
 from rft.chat import Chat
@@ -185,6 +187,17 @@ async def _cancel_all() -> int:
     if left:
         await asyncio.wait(left, timeout=30)
     return len(left)
+
+
+def config_of(tmp_path: Path, staleness: int, steps: int = 5, **sections: Any) -> RunConfig:
+    """Two items of four rollouts a step; log-probabilities that a script invents are no reason to stop."""
+    training = {"steps": steps, "items_per_step": 2, "base_rollouts": 4, "staleness": staleness}
+    training |= {"max_logprob_gap": 1e9, "learning_rate": 1e-3, "checkpoint_every": 1}
+    rollout = {"max_tokens_per_turn": 200, "max_concurrent": 8} | sections.pop("rollout", {})
+    evaluation = {"every": 2, "validation_items": 2} | sections.pop("evaluation", {})
+    engine = {"type": "transformers", "max_model_len": 1024, "max_concurrent": 64} | sections.pop("engine", {})
+    training |= sections.pop("training", {})
+    return a_config(tmp_path, training=training, rollout=rollout, evaluation=evaluation, engine=engine, **sections)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelined import SlowPolicy, Stage, chatty, measure_overlap
-from test_job import _train, _train_until, a_config, stable, weights
+from pipelined import SlowPolicy, Stage, chatty, config_of, measure_overlap
+from test_job import _train, _train_until, stable, weights
 from test_rollout import RecordingEnvironment, an_item
 
-from rft.config import RunConfig
 from rft.engines.transformers import TransformersEngine
 from rft.errors import EngineError, NoProgressError
 from rft.metrics import staleness_metrics
@@ -40,17 +39,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-def config_of(tmp_path: Path, staleness: int, steps: int = 5, **sections: Any) -> RunConfig:
-    """Two items of four rollouts a step; log-probabilities that a script invents are no reason to stop."""
-    training = {"steps": steps, "items_per_step": 2, "base_rollouts": 4, "staleness": staleness}
-    training |= {"max_logprob_gap": 1e9, "learning_rate": 1e-3, "checkpoint_every": 1}
-    rollout = {"max_tokens_per_turn": 200, "max_concurrent": 8} | sections.pop("rollout", {})
-    evaluation = {"every": 2, "validation_items": 2} | sections.pop("evaluation", {})
-    engine = {"type": "transformers", "max_model_len": 1024, "max_concurrent": 64} | sections.pop("engine", {})
-    training |= sections.pop("training", {})
-    return a_config(tmp_path, training=training, rollout=rollout, evaluation=evaluation, engine=engine, **sections)
 
 
 def versions(groups: list[Group]) -> set[int]:
