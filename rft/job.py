@@ -123,6 +123,7 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
     _quieten()
     chat = Chat.from_folder(config.model.path)
     lesson = load_lesson(config, config.warmup, chat)
+    from rft.trainers import checkpoint
     from rft.trainers.warmup import Keeper, check_machine, num_steps, warm_up
 
     check_machine()
@@ -135,6 +136,8 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
                 display.line(text)
             with display.phase("loading the model"):
                 policy = load_policy(config)
+                if config.model.init_from is not None:
+                    checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
             steps = num_steps(lesson, config.warmup)
             with display.phase("warm-up", steps) as phase:
                 warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))

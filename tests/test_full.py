@@ -13,13 +13,15 @@ from test_policy import gradients, make_policy, model_folder
 from transformers import AutoModelForCausalLM
 
 from rft.config import LoraConfig, ModelConfig, TrainingConfig
-from rft.errors import ConfigError, MemoryLimitError, SyncError, UserError
+from rft.errors import ConfigError, MemoryLimitError, NumericsError, SyncError, UserError
 from rft.trainers import checkpoint
 from rft.trainers.batch import MicroBatch, build_micro_batches, count_tokens
+from rft.trainers.grpo import Window, _check_skips
 from rft.trainers.halving import halve
 from rft.trainers.policy import Policy
 from rft.trainers.ranks import build_accelerator
 from rft.trainers.sync import Sync
+from rft.trainers.update import StepStats
 
 torch.set_num_threads(1)  # the models here are too small for threads to pay
 
@@ -233,6 +235,22 @@ def test_a_skipped_step_names_its_rollouts(tmp_path):
     stats = policy.step([replace(batch, sampled_logprobs=poisoned)], batch.num_tokens)
     assert stats.is_skipped and stats.bad_rollouts == (3,)
     assert policy.step([batch], batch.num_tokens).bad_rollouts == ()
+
+
+def test_three_skipped_steps_in_a_row_end_the_run_and_name_the_rollouts(tmp_path, caplog):
+    policy = full_policy(model_folder(tmp_path))
+    batch = a_window()[0]
+    poisoned = replace(batch, sampled_logprobs=torch.full_like(batch.sampled_logprobs, float("nan")))
+    window = Window([[poisoned]], batch.num_tokens, [f"trace_{index}" for index in range(16)])
+    skips: list[StepStats] = []
+    for _ in range(2):
+        _check_skips(skips, policy.update(window.shares, window.num_tokens), window)
+        assert "trace_0, trace_1, trace_2, trace_3, trace_4 and 11 more" in caplog.text
+    _check_skips(skips, policy.update([[batch]], batch.num_tokens), window)  # a step that counts starts the count anew
+    for _ in range(2):
+        _check_skips(skips, policy.update(window.shares, window.num_tokens), window)
+    with pytest.raises(NumericsError, match=r"3 steps in a row(.|\n)*trace_0(.|\n)*rft show RUN --rollout ID"):
+        _check_skips(skips, policy.update(window.shares, window.num_tokens), window)
 
 
 # --- against a real engine ---

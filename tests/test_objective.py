@@ -251,6 +251,7 @@ def test_any_split_of_a_window_has_its_gradient(loss, importance_cap):
     assert torch.allclose(gradients[0], gradients[2], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow  # TRL takes twenty seconds to import
 @pytest.mark.parametrize("max_ratio", [None, 1.4])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
@@ -262,6 +263,7 @@ def test_loss_and_gradient_equal_trl(num_ranks, loss, kl_coef, max_ratio):
         assert stats.clip_share == pytest.approx(metrics["clip_ratio/region_mean"][0]) and stats.clip_share > 0
 
 
+@pytest.mark.slow  # TRL takes twenty seconds to import
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -271,6 +273,7 @@ def test_importance_weights_equal_trl(num_ranks, loss, kl_coef):
     assert 0 < stats.clip_share < 1
 
 
+@pytest.mark.slow  # TRL takes twenty seconds to import
 @pytest.mark.parametrize("importance_cap", [None, 1.05])
 @pytest.mark.parametrize("loss", ["dapo", "cispo"])
 def test_entropy_bonus_equals_trl(loss, importance_cap):

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rft.trainers.batch import MicroBatch
 
 CHAINS = "rft_chains"  # the name of the CPU implementation in transformers' registry
-_MAX_QUERIES = 256
+_MAX_QUERIES = 128  # a longer piece computes more of what its causal mask removes; measured 10% slower at 256
 
 
 Spans = tuple[tuple[int, int], ...]  # runs of row positions, (start, end exclusive)

@@ -25,10 +25,7 @@ from rft.trainers.attention import attention_window
 from rft.trainers.batch import Layout, MicroBatch, build_micro_batches, one_path
 from rft.trainers.lora import LoraWeights
 from rft.trainers.objective import Objective
-from rft.trainers.optimizer import (
-    build_optimizer,
-    build_schedule,
-)
+from rft.trainers.optimizer import build_optimizer, build_schedule
 from rft.trainers.ranks import Ranks
 from rft.trainers.scorer import Loader
 from rft.trainers.stepper import PlainStepper, Stepper
