@@ -29,7 +29,7 @@ import rft.job
 import rft.rollout
 import rft.trainers.grpo
 from rft import collect, sift, store
-from rft.trainers import checkpoint, full, lora, policy, sync
+from rft.trainers import checkpoint, full, lora, sync, update
 
 _PR_SET_PDEATHSIG = 1
 
@@ -97,7 +97,7 @@ POINTS: dict[str, Point] = {
     "between two rollouts": (collect, "run_rollout", awaited_before),
     "writing a rollout": (store.RunStore, "append_rollout", torn_rollout),
     "grading": (rft.rollout, "_grade", awaited_before),
-    "forward": (policy.Policy, "_backward", before),
+    "forward": (update, "backward", before),
     "optimizer, lora": (lora.LoraWeights, "after_step", before),
     "optimizer, full": (full.FullWeights, "after_step", before),
     "saving": (checkpoint, "_write", halfway_through_saving),

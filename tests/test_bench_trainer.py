@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -46,15 +48,26 @@ def test_both_sides_have_one_gradient_for_every_micro_batch(tmp_path, monkeypatc
             assert (found - expected).norm() / expected.norm() < 1e-4 and expected.norm() > 0
 
 
-def test_check_names_what_was_missed_and_what_was_not_measured(tmp_path):
+def test_measured_rows_are_one_object(tmp_path):
     path = tiny_model_folder(tmp_path / "model")
     result = run("--model", str(path), "--only", "i,j", "--json", "--check")
-    assert result.returncode == 1, result.stderr
-    assert "share hidden by the overlap: not measured (not built yet), target 0.8" in result.stderr
+    assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     rows = {row["name"][0]: row for row in reversed(found["rows"])}
-    assert rows["i"]["ok"] is True and rows["j"]["ok"] is None
+    assert rows["i"]["ok"] is True and rows["j"]["ok"] is True and 0.8 <= rows["j"]["value"] < 1
     assert found["machine"]["trl"] and found["machine"]["threads"] == 1
+
+
+def test_check_names_each_missed_target(monkeypatch, capsys):
+    bench = SourceFileLoader("bench_trainer", str(SCRIPTS / "bench_trainer")).load_module()
+    made = [bench.row("x: slow", [0.5, 1.0, 2.0], "", 3.0), bench.row("y: small", [0.1], "s", 1.0, is_most=True)]
+    monkeypatch.setattr(bench, "MEASUREMENTS", {"x": lambda: iter(made)})
+    monkeypatch.setattr(bench, "machine", dict)
+    monkeypatch.setattr(bench, "options", Namespace(json=False, check=True))
+    assert bench.report(["x"]) == 1
+    said = capsys.readouterr()
+    assert "bench_trainer: x: slow: 1, target 3" in said.err and "y: small" not in said.err
+    assert "MISSED" in said.out and "ok" in said.out
 
 
 def test_an_unknown_row_is_refused_before_any_work():

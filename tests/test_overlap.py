@@ -254,6 +254,15 @@ def test_a_failure_of_the_training_ends_the_sampling(tmp_path: Path) -> None:
     assert (len(stage.waits), stage.collector.slots.num_taken, stage.engine.num_running) == (0, 0, 0)
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """SIGINT as in a terminal; a shell's `pytest &` ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_while_training_ends_both(tmp_path: Path) -> None:
     stage = Stage(config_of(tmp_path, 1, steps=4), policy_class=EndlessPolicy)
     Holding(stage, stage.first_ids(step=3), version=99)
