@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from rft.config import TrainingConfig
 from rft.errors import ConfigError
+from rft.trainers.sharding import whole
 
 
 def build_optimizer(
@@ -54,14 +55,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig) -
 def total_norm(parameters: Sequence[nn.Parameter]) -> float:
     """The 2-norm of all gradients together; collective where they are sharded."""
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return float(_whole(norm))
+    return float(whole(norm))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients down to `max_norm` together; returns the norm they had. Collective where sharded."""
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(_whole(norm))
+    return float(whole(norm))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -90,8 +91,4 @@ def _part(value: Any, parameter: nn.Parameter) -> Any:
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, dict):  # bitsandbytes wraps what it quantized
         return {name: _on_cpu(inner) for name, inner in value.items()}
-    return _whole(value).cpu() if isinstance(value, Tensor) else value
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return whole(value).cpu() if isinstance(value, Tensor) else value
