@@ -7,7 +7,7 @@ field; the resolved config is written into the run folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from rft.graders.base import spec_path
 from rft.graders.judge import JudgeConfig
 
 _AUTO_IMPORTANCE_CAP = 2.0
+_TAGS = ("vllm", "transformers", "http", "mcp")  # of the unions below
 _GRADER_ATTEMPTS = 8  # twice rft.wire's, since pauses come between them
 
 
@@ -370,6 +371,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
     Raises ConfigError naming the file, the field and the cure.
     """
+    return validate_config(read_tree(path, overrides, example="configs/quickstart.yaml"), where=str(path))
+
+
+def read_tree(path: Path, overrides: list[str] | None, *, example: str) -> dict[str, Any]:
+    """A YAML file with its overrides, not yet validated. Raises ConfigError; `example` is a file to start from."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -377,10 +383,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot be read as YAML: {error}", where=str(path), cure="fix the file") from None
     if not isinstance(tree, dict):
-        raise ConfigError("must be a mapping of sections", where=str(path), cure="start from configs/quickstart.yaml")
+        raise ConfigError("must be a mapping of sections", where=str(path), cure=f"start from {example}")
     for override in overrides or []:
         _apply(tree, override)
-    return validate_config(tree, where=str(path))
+    return tree
 
 
 def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
@@ -389,7 +395,9 @@ def validate_config(tree: dict[str, Any], where: str) -> RunConfig:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(
-            _explain(error), where=where, cure="compare with configs/quickstart.yaml; rft/config.py lists every key"
+            config_problem(error),
+            where=where,
+            cure="compare with configs/quickstart.yaml; rft/config.py lists every key",
         ) from None
 
 
@@ -410,13 +418,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"the value is not YAML: {error}", where=override, cure="quote the value") from None
 
 
-def _explain(error: ValidationError) -> str:
+def config_problem(error: ValidationError, tags: Collection[str] = _TAGS) -> str:
+    """What is wrong, by the path of each field. `tags`: what pydantic adds to a path and nobody wrote."""
     lines = []
     for problem in error.errors(include_url=False):
         # pydantic puts the discriminator's tag into the path (engine.vllm.url): the user wrote engine.url
-        path = ".".join(
-            part for part in spec_path(problem["loc"]) if part not in ("vllm", "transformers", "http", "mcp")
-        )
+        path = ".".join(part for part in spec_path(problem["loc"]) if part not in tags)
         lines.append(f"{path or 'config'}: {_sentence(problem['type'], problem['msg'])}")
     return "; ".join(lines)
 

@@ -10,7 +10,8 @@ import yaml
 from rft.config import RunConfig, TrainingConfig, load_config, validate_config
 from rft.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+_FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = [path for path in sorted(_FOLDER.glob("*.yaml")) if path.stem != "server"]
 MINIMAL = {
     "model": {"path": "m"},
     "engine": {"type": "vllm"},

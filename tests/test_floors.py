@@ -23,7 +23,8 @@ FLOORS = {
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.doctor rft.report rft.export "
     "rft.assembly rft.preflight rft.regrade rft.show rft.transcript",
     8: "rft.job",
-    9: "rft.server rft.cli rft.grade_cli rft.__main__",
+    9: "rft.server rft.grade_cli",
+    10: "rft.cli rft.__main__",
 }
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = {"rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers", "rft.server"}  # listed as a whole

@@ -1,0 +1,184 @@
+"""ServerConfig: what `rft serve` is told, from configs/server.yaml plus `key=value` overrides.
+
+`models` maps the names that clients use to what answers and what is trained. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from rft.config import Config, ModelConfig, config_problem, read_tree
+from rft.errors import ConfigError
+
+Effort = Literal["default", "low", "medium", "high"]
+
+
+class LocalModel(Config):
+    """A model folder: it answers, and it can be trained."""
+
+    path: Path
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_model_len: int = Field(2048, ge=16, description="tokens of prompt and answer together")
+    kv_cache_gib: float = Field(1.0, gt=0)
+    run: dict[str, Any] = Field(
+        default_factory=dict, description="a part of a run's config that every training of this model starts from"
+    )
+
+    @field_validator("run")
+    @classmethod
+    def _leaves_the_job_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted({"data", "environment", "grader", "judges", "name", "runs_dir", "seed"} & value.keys())
+        if taken:
+            raise ValueError(f"{taken[0]} comes from each job; leave it out")
+        return value
+
+
+class RemoteModel(Config):
+    """A model behind any OpenAI-compatible URL: it answers and judges, it cannot be trained here."""
+
+    url: str = Field(description="up to and with /v1")
+    model: str | None = Field(None, description="its name there; null: the name clients use")
+    api_key_env: str | None = Field(None, description="the environment variable that holds the key")
+    max_concurrent: int = Field(16, ge=1)
+    timeout_s: float = Field(120.0, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value.rstrip("/")
+
+
+class AliasModel(Config):
+    """Another name of a model of the table."""
+
+    alias: str
+
+
+def _kind(value: Any) -> str:
+    """Which of the three an entry is, by the key that only it has."""
+    keys = value if isinstance(value, dict) else vars(value)
+    return "alias" if "alias" in keys else "remote" if "url" in keys else "local"
+
+
+Model = LocalModel | RemoteModel
+Entry = Annotated[
+    Annotated[LocalModel, Tag("local")] | Annotated[RemoteModel, Tag("remote")] | Annotated[AliasModel, Tag("alias")],
+    Discriminator(_kind),
+]
+
+
+class LimitsConfig(Config):
+    """What one client may ask for."""
+
+    max_upload_bytes: int = Field(512_000_000, ge=1)
+    max_project_bytes: int = Field(2_500_000_000_000, ge=1, description="of all files of a project")
+    uploads_per_minute: int = Field(1000, ge=1)
+    max_body_bytes: int = Field(16_000_000, ge=1024, description="of any request that is not an upload")
+    min_training_rows: int = Field(10, ge=1)
+    max_training_rows: int = Field(50_000, ge=1)
+    max_validation_rows: int = Field(1000, ge=1)
+    max_queued_jobs: int = Field(1000, ge=1, description="per project; not yet running")
+
+
+class OutgoingConfig(Config):
+    """Which hosts the URLs of tools, endpoint graders and webhooks may name."""
+
+    allow: list[str] | None = Field(
+        None, description="host names, *.host.name, addresses, networks (10.0.0.0/8); null: all that is not denied"
+    )
+    deny: list[str] = Field(
+        default=["169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32", "metadata.google.internal"],
+        description="link-local and metadata addresses; also those that a name resolves to",
+    )
+
+
+class WorkerConfig(Config):
+    """How jobs run."""
+
+    max_running: int = Field(1, ge=1, description="jobs at once")
+    launch: list[str] = Field(
+        default_factory=list,
+        description="what comes before `-m rft train`, e.g. [accelerate, launch, --config_file, F]; empty: accelerate"
+        " launch with one process",
+    )
+    max_restarts: int = Field(3, ge=0, description="of a job whose process crashed, each from its last checkpoint")
+    heartbeat_timeout_s: float = Field(1800.0, gt=0, description="without any sign of life the process is ended")
+    stop_timeout_s: float = Field(120.0, gt=0, description="what a process may take to end when asked")
+    budget_s: float | None = Field(None, gt=0, description="of running, per job; beyond it the job is paused")
+
+
+class InferenceConfig(Config):
+    """How models answer."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    max_loaded: int = Field(2, ge=1, description="local models in memory at once; the longest unused one makes room")
+    idle_stop_s: float = Field(300.0, gt=0, description="without a request a model is unloaded")
+    start_timeout_s: float = Field(300.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    keep_responses_days: int = Field(30, ge=1, description="of responses with store: true")
+
+
+class WebhookConfig(Config):
+    """Who is told when a job ends; signed as the SDK verifies it."""
+
+    url: str
+    secret_env: str = Field(description="the environment variable that holds the signing secret (whsec_...)")
+    project: str | None = Field(None, description="null: of all projects")
+
+
+class ServerConfig(Config):
+    """One server, complete."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 lets the system choose")
+    data_dir: Path = Field(Path("server"), description="files, runs, models, keys: all the server knows")
+    organization: str = Field("rft", pattern=r"^[a-z0-9-]{1,64}$", description="in the names of tuned models")
+    models: dict[str, Entry]
+    limits: LimitsConfig = LimitsConfig()
+    outgoing: OutgoingConfig = OutgoingConfig()
+    worker: WorkerConfig = WorkerConfig()
+    inference: InferenceConfig = InferenceConfig()
+    webhooks: list[WebhookConfig] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _names_lead_somewhere(self) -> ServerConfig:
+        for name in self.models:
+            if not name or ":" in name:
+                raise ValueError(f"models: {name!r}: names are not empty and have no colon")
+            self.model(name)
+        return self
+
+    def model(self, name: str) -> Model | None:
+        """What a name stands for, through its aliases; None for an unknown name. Raises ValueError for a broken one."""
+        seen: list[str] = []
+        while isinstance(found := self.models.get(name), AliasModel):
+            seen.append(name)
+            name = found.alias
+            if name in seen or name not in self.models:
+                raise ValueError(
+                    f"models: {seen[0]} leads to {name}, which is {'a circle' if name in seen else 'not there'}"
+                )
+        return found
+
+
+def load_server_config(path: Path, overrides: list[str] | None = None) -> ServerConfig:
+    """Raises ConfigError naming the field."""
+    tree = read_tree(path, overrides, example="configs/server.yaml")
+    try:
+        return ServerConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            config_problem(error, tags=("local", "remote", "alias")),
+            where=str(path),
+            cure="compare with configs/server.yaml; rft/server/settings.py lists every key",
+        ) from None
+
+
+def engine_model(model: LocalModel) -> ModelConfig:
+    """The model as runs and engines name it."""
+    return ModelConfig.model_validate({"path": model.path, "dtype": model.dtype})
