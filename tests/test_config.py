@@ -11,7 +11,7 @@ from rft.config import RunConfig, TrainingConfig, load_config, validate_config
 from rft.errors import ConfigError
 
 _FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = [path for path in sorted(_FOLDER.glob("*.yaml")) if path.stem != "server"]
+CONFIGS = [path for path in sorted(_FOLDER.glob("*.yaml")) if path.stem not in ("server", "seed_cookbook")]
 MINIMAL = {
     "model": {"path": "m"},
     "engine": {"type": "vllm"},

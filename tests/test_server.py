@@ -73,8 +73,9 @@ def test_model_names_lead_somewhere(tmp_path: Path) -> None:
         load_server_config(path)
 
 
-def test_the_shipped_config_is_valid() -> None:
-    config = load_server_config(Path("configs/server.yaml"))
+@pytest.mark.parametrize("name", ["server", "seed_cookbook"])
+def test_the_shipped_configs_are_valid(name: str) -> None:
+    config = load_server_config(Path("configs") / f"{name}.yaml")
     assert config.model("o4-mini-2025-04-16") == config.model("smollm2-135m-instruct") is not None
     assert config.model("unheard-of") is None
 

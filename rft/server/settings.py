@@ -23,6 +23,9 @@ class LocalModel(Config):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_model_len: int = Field(2048, ge=16, description="tokens of prompt and answer together")
     kv_cache_gib: float = Field(1.0, gt=0)
+    judged_by: str | None = Field(
+        None, description="which model of the table answers when a grader names this one; null: this one itself"
+    )
     run: dict[str, Any] = Field(
         default_factory=dict, description="a part of a run's config that every training of this model starts from"
     )
@@ -150,7 +153,9 @@ class ServerConfig(Config):
         for name in self.models:
             if not name or ":" in name:
                 raise ValueError(f"models: {name!r}: names are not empty and have no colon")
-            self.model(name)
+            found = self.model(name)
+            if isinstance(found, LocalModel) and found.judged_by not in (None, *self.models):
+                raise ValueError(f"models: {name}.judged_by: there is no model {found.judged_by}")
         return self
 
     def model(self, name: str) -> Model | None:
