@@ -4,37 +4,71 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
+
+from rft.server.app import build_app
+from rft.server.services import Services
+from rft.server.settings import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _START_S, _END_S = 60.0, 120.0
 
 
+class _Server(uvicorn.Server):
+    def __init__(self, app: Any) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+        self.is_up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_up.set()
+
+
 @contextlib.contextmanager
 def served(app: Any) -> Iterator[str]:
-    """The address of `app`, without /v1, for as long as the block lasts."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + _START_S
-    while not server.started and thread.is_alive() and time.monotonic() < deadline:
-        thread.join(0.01)
-    assert server.started, "the server did not start"
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(_END_S)
+    """The address of an ASGI application, without /v1, for as long as the block lasts."""
+    server = _Server(app)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            assert server.is_up.wait(_START_S) and server.started, "the server did not start"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(_END_S)
+            assert not thread.is_alive(), "the server did not end"
+
+
+@contextlib.contextmanager
+def serving(
+    config: ServerConfig, *, has_auth: bool = False, prepare: Callable[[Services], None] = lambda services: None
+) -> Iterator[str]:
+    """The base URL, with /v1, of the whole server in a thread. `prepare` gets its services before any request does."""
+    app = build_app(config, has_auth=has_auth)
+    lifespan = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def prepared(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(app):
+            prepare(app.state.services)
+            yield
+
+    app.router.lifespan_context = prepared
+    with served(app) as address:
+        yield f"{address}/v1"
 
 
 @contextlib.contextmanager
