@@ -54,6 +54,8 @@ class HttpToolConfig(BaseModel):
     timeout_s: float = Field(default=600.0, gt=0, description="per attempt")
     max_attempts: int = Field(default=4, ge=1, description="the first and its retries")
     rate_limit: float | None = Field(default=None, gt=0, description="requests per second, retries included")
+    function: dict[str, Any] | None = Field(default=None, description="its entry in `tools` for rows that have none")
+    extra: dict[str, Any] = Field(default_factory=dict, description="further keys of every request")
 
     _sendable = field_validator("headers")(check_headers)
 
@@ -109,9 +111,9 @@ class HttpEnvironment:
         self._http = Client(max_connections=config.max_connections)
 
     async def discover(self) -> ToolSpecs:
-        """The configured names; a task that the run serves also knows the specs."""
+        """The configured names, with the specs that the config or a task that the run serves knows."""
         specs = load_task(self.config.serve).specs if self.config.serve else {}
-        return {name: specs.get(name) for name in self._tools}
+        return {name: tool.function or specs.get(name) for name, tool in self._tools.items()}
 
     async def check(self) -> None:
         """Every host and port accepts a connection within 5 s, or UserError names tool, URL and cure."""
@@ -199,7 +201,7 @@ class HttpSession(Session):
             return ToolResult(
                 call_id=call.call_id, output=f"there is no tool {call.name}; the tools are: {names}", is_error=True
             )
-        body = json.dumps(self._request(call), ensure_ascii=False).encode("utf-8", errors="replace")
+        body = json.dumps({**tool.extra, **self._request(call)}, ensure_ascii=False).encode("utf-8", errors="replace")
         if len(body) > MAX_BODY_BYTES:
             return ToolResult(call_id=call.call_id, output=_too_large("request", call.name), is_error=True)
         reply = await self._environment.post(tool, call.call_id, body)

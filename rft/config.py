@@ -101,6 +101,26 @@ class DataConfig(Config):
     test: Path | None = None
 
 
+class ResponseFormat(Config):
+    """The form of answers, as chat completions name it. Sampling stays free: an answer that is no JSON is flagged."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None  # name, schema, and perhaps strict and description
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        given = self.json_schema
+        if (given is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema goes with type json_schema: {name, schema}")
+        if given is None:
+            return self
+        if unknown := sorted(given.keys() - {"name", "schema", "strict", "description"}):
+            raise ValueError(f"json_schema.{unknown[0]}: unknown key")
+        if not isinstance(given.get("name"), str) or not isinstance(given.get("schema"), dict):
+            raise ValueError("json_schema needs a name, and a schema that is a JSON schema")
+        return self
+
+
 class RolloutConfig(Config):
     """The limits of one rollout. A limit ends it with its stop reason; what it said until then is graded."""
 
@@ -111,6 +131,9 @@ class RolloutConfig(Config):
     last_turn_message: str = Field("", description="added to the tools' answers before the last turn that is allowed")
     truncated_grade: float | None = Field(
         None, allow_inf_nan=False, description="of a rollout that met a limit; null: what the grader says of it"
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="of the last message; one that is not JSON gets the flag sample_parse_error, nothing else"
     )
     time_limit_s: float = Field(600.0, gt=0)
     temperature: float = Field(0.8, gt=0, le=2)

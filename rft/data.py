@@ -136,10 +136,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _refuse(path: Path, found: list[tuple[int, str, str, str]]) -> NoReturn:
     if len(found) == 1:
         line, name, problem, cure = found[0]
-        raise DataError(problem, where=f"{path}:{line}: {name}", cure=cure)
+        raise DataError(problem, where=f"{path}:{line}: {name}", cure=cure, found=tuple(found))
     lines = [f"{path}:{line}: {name}: {problem} (cure: {cure})" for line, name, problem, cure in found]
     more = f"the first {len(found)}" if len(found) == MAX_PROBLEMS else str(len(found))
-    raise DataError(f"{more} problems:\n  " + "\n  ".join(lines), where=str(path), cure="fix the rows and start again")
+    text = f"{more} problems:\n  " + "\n  ".join(lines)
+    raise DataError(text, where=str(path), cure="fix the rows and start again", found=tuple(found))
 
 
 def parse_item(

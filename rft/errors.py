@@ -32,7 +32,13 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A wrong dataset row; `where` is `file:line: field`."""
+    """A wrong dataset row; `where` is `file:line: field`. `found`: (line, field, problem, cure) of each wrong place."""
+
+    def __init__(
+        self, problem: str, *, where: str = "", cure: str = "", found: tuple[tuple[int, str, str, str], ...] = ()
+    ) -> None:
+        self.found = found
+        super().__init__(problem, where=where, cure=cure)
 
 
 class WorldError(RftError):

@@ -104,15 +104,15 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def replace(path: Path, data: bytes, *, is_durable: bool = True) -> Path:
+def replace(path: Path, data: bytes, *, is_durable: bool = True, mode: int = 0o666) -> Path:
     """Write under a temporary name, flush to disk, rename: a reader sees the old file or the new one.
 
-    is_durable: False leaves out the flush, for what is worth nothing after a power cut.
+    is_durable: False leaves out the flush, for what is worth nothing after a power cut. mode: before the umask.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path.parent):
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(data)
                 file.flush()
                 if is_durable:

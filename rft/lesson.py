@@ -54,7 +54,8 @@ def load_lesson(config: RunConfig, warmup: WarmupConfig, chat: Chat) -> Lesson:
         found = demonstrations_of_run(RunStore.open(warmup.from_run), warmup.min_grade, chat)
     else:
         assert warmup.demonstrations is not None, "the config has exactly one source"
-        tools = asyncio.run(discover_tools(config.environment))
+        # without an environment nothing is ever called: what the rows say of their tools is enough
+        tools = asyncio.run(discover_tools(config.environment)) if config.environment is not None else None
         found = load_demonstrations(warmup.demonstrations, tools, chat)
     return plan_lesson(config, warmup, found)
 

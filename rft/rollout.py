@@ -249,6 +249,9 @@ async def _grade(
     else:
         with workshop.waits.on(attempt.id, attempt.item.id, "grader"):
             grade = await workshop.grader.grade(attempt.item, sample, attempt.id)
+    form = workshop.limits.response_format
+    if form is not None and form.type != "text" and sample["output_json"] is None:
+        grade.errors.setdefault("sample_parse_error", "the answer is not JSON, as rollout.response_format asks")
     if workshop.shadow_graders:
         shadows = (_shadow(name, grader, grade, attempt, sample) for name, grader in workshop.shadow_graders.items())
         with workshop.waits.on(attempt.id, attempt.item.id, "shadow graders"):

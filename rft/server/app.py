@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 import rft
 from rft.errors import RftError, UserError
+from rft.server import fine_tuning, permissions
 from rft.server.errors import ApiError, of_user_error
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
@@ -24,7 +25,9 @@ from rft.server.settings import ServerConfig
 logger = logging.getLogger("rft.server")
 
 # Every router is served below /v1 and asks for a key.
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (fine_tuning.router, permissions.router)
+# Codes that the bodies of requests give to their own errors.
+_FIELD_CODES = frozenset({"invalid_hyperparameter", "unsupported_method"})
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
@@ -68,10 +71,14 @@ async def _invalid_request(request: Request, error: RequestValidationError) -> J
     if problem["type"] == "json_invalid":
         return _answer(ApiError("We could not parse the JSON body of your request.", code="invalid_json"))
     if problem["type"] == "missing":
-        message = f"Missing required parameter: '{path}'."
+        message = f"Missing required parameter: '{path}'." if path else "The request has no body."
         return _answer(ApiError(message, code="missing_required_parameter", param=path or None))
-    message = f"Invalid value for '{path}': {problem['msg'].removeprefix('Value error, ')}."
-    return _answer(ApiError(message, code="invalid_value", param=path or None))
+    if problem["type"] == "extra_forbidden":
+        return _answer(ApiError(f"Unknown parameter: '{path}'.", code="unknown_parameter", param=path))
+    place = f"Invalid value for '{path}'" if path else "Invalid request"
+    code = problem["type"] if problem["type"] in _FIELD_CODES else "invalid_value"
+    message = f"{place}: {problem['msg'].removeprefix('Value error, ')}."
+    return _answer(ApiError(message, code=code, param=path or None))
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:

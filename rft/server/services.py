@@ -9,18 +9,20 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from rft.errors import UserError
+from rft.server import seams
 from rft.server.index import Index
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
 from rft.server.settings import ServerConfig
+from rft.server.validation import Validation
 
 INDEX = "index.sqlite"
 
@@ -34,6 +36,12 @@ class Services:
     keys: Keys | None  # None: whoever reaches the server may use it
     jobs: Jobs
     models: Models
+    # Other parts of the server, by what this one needs of them.
+    files: seams.Files = field(default_factory=seams.NoFiles)
+    outgoing: seams.Outgoing = field(default_factory=seams.AnyUrl)
+    worker: seams.Worker = field(init=False)
+    webhooks: seams.Webhooks | None = None
+    validation: Validation = field(init=False)
 
     @classmethod
     @asynccontextmanager
@@ -42,13 +50,18 @@ class Services:
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
             jobs = Jobs(index, config.data_dir / "runs")
-            yield cls(
+            started = cls(
                 config=config,
                 index=index,
                 keys=Keys(index) if has_auth else None,
                 jobs=jobs,
                 models=Models(config, index, jobs),
             )
+            started.worker = seams.NoWorker(jobs)
+            started.validation = Validation(started)
+            stack.push_async_callback(started.validation.close)
+            started.validation.start()
+            yield started
 
 
 @contextmanager
