@@ -166,3 +166,13 @@ def test_a_row_without_tools_gets_those_whose_spec_is_known(tmp_path: Path) -> N
     first, second = load_items(path, {"search": TOOL, "other": None})
     assert first.tools == [TOOL] and second.tools == []
     assert "tools" not in first.row
+
+
+def test_an_error_also_lists_its_places(tmp_path: Path) -> None:
+    path = write(tmp_path, {"messages": [USER]}, {}, b"[]")
+    with pytest.raises(DataError) as caught:
+        load_items(path, None)
+    assert [(line, field) for line, field, *_ in caught.value.found] == [(2, "messages"), (3, "row")]
+    with pytest.raises(DataError) as caught:
+        load_items(write(tmp_path, {}), None)
+    assert [(line, field) for line, field, *_ in caught.value.found] == [(1, "messages")]

@@ -264,6 +264,28 @@ def test_a_wrong_config_is_refused(config: dict[str, Any], words: str) -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_further_keys_travel_with_every_call_and_replace_none_of_the_contract() -> None:
+    async def use(environment: HttpEnvironment, server: FaultyToolServer) -> list[dict[str, Any]]:
+        session = await environment.open(item_with("t"), "trace_1")
+        await session.call(call_of("t"))
+        return server.requests
+
+    (request,) = run_with("ok", use, extra={"region": "eu", "trace_id": "forged"})
+    assert request["region"] == "eu" and request["trace_id"] == "trace_1"
+
+
+def test_a_tool_may_have_a_spec_for_rows_that_name_no_tools() -> None:
+    spec = {"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}
+
+    async def use() -> None:
+        tools = [{"name": "a", "server_url": "http://h/a", "function": spec}, {"name": "b", "server_url": "http://h/b"}]
+        environment = HttpEnvironment(HttpEnvironmentConfig.model_validate({"tools": tools}))
+        assert await environment.discover() == {"a": spec, "b": None}
+        await environment.close()
+
+    asyncio.run(use())
+
+
 def test_a_tool_with_a_rate_limit_is_not_called_faster() -> None:
     async def use(environment: HttpEnvironment, server: FaultyToolServer) -> None:
         session = await environment.open(item_with("t"), "trace_1")

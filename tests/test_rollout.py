@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from scripted_engine import Script, ScriptedEngine
 from tiny import tiny_tokenizer
 
@@ -263,6 +264,38 @@ def test_the_model_is_told_of_its_last_turn(limits: dict[str, int]) -> None:
     rollout = run(a_workshop(say(CALL, CALL, "I21.9"), limits=config))
     told = [message in turn.results[-1].output for turn in rollout.turns if turn.results]
     assert (rollout.stop_reason, told) == (StopReason.ANSWERED, [False, True])
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "flags"),
+    [
+        ("json_object", '{"code": "I21.9"}', set()),
+        ("json_object", "I21.9", {"sample_parse_error"}),
+        ("json_schema", "I21.9", {"sample_parse_error"}),
+        ("text", "I21.9", set()),
+    ],
+)
+def test_an_answer_that_is_not_json_is_flagged_where_json_is_asked_for(kind: str, answer: str, flags: set[str]) -> None:
+    schema = {"json_schema": {"name": "a", "schema": {}}} if kind == "json_schema" else {}
+    limits = RolloutConfig.model_validate({"max_tokens_per_turn": 400, "response_format": {"type": kind, **schema}})
+    grade = run(a_workshop(say(answer), limits=limits)).grade
+    assert grade is not None and grade.errors.keys() == flags
+    assert grade.score == 1.0 and grade.failure is None
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ({"type": "xml"}, "json_object"),
+        ({"type": "json_schema"}, "goes with type json_schema"),
+        ({"type": "text", "json_schema": {"name": "a", "schema": {}}}, "goes with type json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "needs a name, and a schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "x": 1}}, r"json_schema\.x: unknown key"),
+    ],
+)
+def test_a_response_format_that_is_wrong_is_refused(form: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        RolloutConfig.model_validate({"response_format": form})
 
 
 def test_the_grade_of_a_truncated_rollout_can_be_fixed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from rft.server.automatic import items_per_step, num_steps, resolved
 from rft.server.keys import DEFAULT_PROJECT
 from rft.server.models import checkpoint_name
 from rft.server.resolve import merged, schedule
+from rft.server.settings import ServerConfig
+from rft.store import RunStore
 from tests.job_server import GRADER, Api, a_config, an_api, reinforcement, row, tuned_by
+from tests.tiny import tiny_model_folder
 
 AUTO = {
     "n_epochs": "auto",
@@ -203,3 +208,39 @@ def test_a_schedule_changes_its_numbers_only(tmp_path: Path) -> None:
         "evaluation": {"every": 3},
     }
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def a_trainable(tmp_path: Path) -> ServerConfig:
+    tiny_model_folder(tmp_path / "tiny")
+    run = {
+        "engine": {"type": "transformers"},
+        "rollout": {"max_tokens_per_turn": 12},
+        "training": {"base_rollouts": 2},
+        "model": {"lora": {"rank": 4}},
+    }
+    model = {"path": tmp_path / "tiny", "dtype": "float32", "max_model_len": 256, "run": run}
+    return ServerConfig.model_validate({"data_dir": tmp_path / "data", "models": {"m": model}})
+
+
+def rft(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rft", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reinforcement", "supervised"])
+def test_what_a_job_leaves_is_what_rft_trains(tmp_path: Path, kind: str) -> None:
+    rows = [row(number) for number in range(12)]
+    method = tuned_by(n_epochs=1, batch_size=6)
+    if kind == "supervised":
+        rows = [{"messages": [*each["messages"], {"role": "assistant", "content": "ok"}]} for each in rows]
+        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}
+    with an_api(tmp_path, a_trainable(tmp_path)) as api:
+        held_out = api.uploads.add([row(500)] if kind == "reinforcement" else rows[:1])
+        job = api.wait(api.create(rows, method=method, validation_file=held_out))
+        assert job.status == "queued"
+        config = api.folder(job) / "job_config.yaml"
+    ran = rft("train" if kind == "reinforcement" else "warmup", str(config), "--run-id", job.id)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    store = RunStore.open(config.parent)
+    assert store.is_done and checkpoints.latest(store.checkpoints) is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import BadRequestError
 
 from rft.server import validation
 from rft.server.services import Services
@@ -167,6 +168,19 @@ def test_a_file_that_goes_while_the_job_is_made_is_a_clear_state(tmp_path: Path)
         assert "deleted while the job was made" in job.error.message
 
 
+def test_a_disk_that_takes_no_files_is_a_clear_state(tmp_path: Path) -> None:
+    with an_api(tmp_path) as api:
+        api.uploads.path = lambda *_, **__: tmp_path  # type: ignore[method-assign]
+        job = api.create()
+        assert job.status == "failed" and job.error.code == "storage_error"
+        assert str(tmp_path) not in job.error.message
+
+
+def idle(services: Services) -> None:
+    """Nothing is validated, as where a server ends at once."""
+    services.validation.submit = lambda job_id: None  # type: ignore[method-assign]
+
+
 class TestRestart:
     """A job that was being looked at when the server ended."""
 
@@ -190,17 +204,22 @@ class TestRestart:
             found = api.wait(job)
             assert (found.error.code, found.error.param) == ("file_not_found", "training_file")
 
-    def test_keeps_its_status_when_its_folder_cannot_be_written(self, tmp_path: Path) -> None:
+    def test_fails_clearly_without_its_folder(self, tmp_path: Path) -> None:
         job = self.interrupted(tmp_path)
         shutil.rmtree(tmp_path / "data" / "runs" / job.id)
         with an_api(tmp_path) as api:
-            assert api.client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+            assert api.wait(job).error.code == "job_incomplete"
+
+    def test_cannot_be_paused_before_it_is_queued(self, tmp_path: Path) -> None:
+        with an_api(tmp_path, prepare=idle) as api:
+            job = api.create()
+            with pytest.raises(BadRequestError) as caught:
+                api.client.fine_tuning.jobs.pause(job.id)
+            assert caught.value.code == "invalid_job_status"
+            assert api.client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
     @staticmethod
     def interrupted(tmp_path: Path) -> Any:
-        def idle(services: Services) -> None:
-            services.validation.submit = lambda job_id: None  # type: ignore[method-assign]
-
         with an_api(tmp_path, prepare=idle) as api:
             return api.create()
 

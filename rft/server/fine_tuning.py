@@ -116,7 +116,7 @@ def _checkpoints(services: Services, job: dict[str, Any]) -> list[dict[str, Any]
         return []  # it has not run yet
     from rft.store import RunStore
 
-    views = import_module("rft.server.views")
+    views = import_module("rft.server.checkpoint_views")
     found: list[dict[str, Any]] = views.checkpoint_objects(RunStore.open(folder), job)
     return found
 

@@ -7,6 +7,7 @@ What the files hold is validation.py's question.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -27,6 +28,7 @@ from rft.server.validation import end_failed
 if TYPE_CHECKING:
     from rft.server.services import Services
 
+logger = logging.getLogger("rft.server")
 _PURPOSE = "fine-tune"
 _MAX_SEED = 2147483647
 
@@ -45,8 +47,8 @@ async def create_job(services: Services, caller: Caller, body: JobBody) -> dict[
         await asyncio.to_thread(_take, services.jobs.folder(job["id"]), sources)
         write_run_config(services, job["id"], request)
     except (StorageError, ApiError) as error:
-        code, text = ("storage_full", error.problem) if isinstance(error, StorageError) else (error.code, error.message)
-        return end_failed(services, job["id"], {"code": code, "message": text, "param": None})
+        logger.error("job %s: %s", job["id"], error)
+        return end_failed(services, job["id"], _error_of(error))
     services.validation.submit(job["id"])
     return services.jobs.get(job["id"])
 
@@ -84,6 +86,13 @@ def _take(folder: Path, sources: dict[str, Path]) -> None:
                 raise ApiError("A file was deleted while the job was made.", code="file_not_found") from None
             except OSError:  # another disk, or one that knows no links
                 shutil.copyfile(source, copy)
+
+
+def _error_of(error: StorageError | ApiError) -> dict[str, Any]:
+    if isinstance(error, ApiError):
+        return {"code": error.code, "message": error.message, "param": error.param}
+    message = "The server could not store the files of this job; ask its administrator to look at the disk."
+    return {"code": "storage_error", "message": message, "param": None}
 
 
 def _wire(services: Services, request: JobRequest) -> dict[str, Any]:

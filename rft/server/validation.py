@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rft.data import Problems, ToolSpecs, load_rows, parse_item
 from rft.errors import DataError, RftError
+from rft.files import storing
 from rft.server.automatic import resolved
 from rft.server.resolve import JOB_CONFIG, TRAIN, VALIDATION, schedule
 from rft.server.settings import LimitsConfig
@@ -133,7 +134,10 @@ class Validation:
 
 
 def end_failed(services: Services, job_id: str, error: dict[str, Any]) -> dict[str, Any]:
-    """The job, ended by what is wrong with its files."""
+    """The job, ended by what is wrong with its files; also where somebody removed its folder."""
+    folder = services.jobs.folder(job_id)
+    with storing(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
     job = services.jobs.update(job_id, status="failed", error=error)
     kind = (error["param"] or "").replace("_", " ")
     reason = f"The job failed due to an invalid {kind}. " if kind else "The job failed. "
