@@ -151,6 +151,7 @@ OTHER_ERRORS: list[tuple[dict[str, Any], str, str | None]] = [
     (graded({**JUDGE, "model": "gone"}), "model_not_found", f"{SECTION}.grader.model"),
     (graded(multi(a={**LABEL, "model": "gone"})), "model_not_found", f"{SECTION}.grader.graders.a.model"),
     (graded({**JUDGE, "model": "lost"}), "model_not_available", f"{SECTION}.grader.model"),
+    ({"hyperparameters": {"n_epochs": 2}}, "invalid_value", None),
     ({"suffix": "x" * 65}, "invalid_value", "suffix"),
     ({"suffix": "a:b"}, "invalid_value", "suffix"),
     ({"seed": -1}, "invalid_value", "seed"),

@@ -134,6 +134,17 @@ def test_rows_in_both_files_are_a_warning(api: Api) -> None:
     assert events[1].message == "2 rows of the validation file are also in the training file"
 
 
+def test_rows_that_can_call_no_tool_are_a_warning(api: Api) -> None:
+    named = {"tools": [{"type": "function", "function": {"name": "search"}}]}
+    rows = [*many(10, **named), row(90), row(91, tools=None)]
+    job = api.wait(api.create(rows, method=reinforcement(tools=[TOOL])))
+    (warning,) = [event for event in api.client.fine_tuning.jobs.list_events(job.id) if event.level == "warn"]
+    assert warning.message.startswith("2 row(s) of the training file can call no tool")
+    brought = {**TOOL, "parameters": {"type": "object"}}
+    job = api.wait(api.create(rows, method=reinforcement(tools=[brought])))
+    assert [event.level for event in api.client.fine_tuning.jobs.list_events(job.id)] == ["info"] * 3
+
+
 def test_supervised_rows_end_with_the_assistant(api: Api) -> None:
     said = {"role": "assistant", "content": "x", "weight": 1, "reasoning_content": "hm"}
     tools = [{"type": "function", "function": {"name": "search"}}]  # nothing is called

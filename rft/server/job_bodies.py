@@ -208,13 +208,19 @@ class JobBody(Body):
     seed: int | None = Field(None, ge=0, le=_MAX_SEED, strict=True)
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     integrations: list[IntegrationBody] | None = Field(None, max_length=5)
-    hyperparameters: SupervisedHyperparameters | None = Field(None, deprecated=True)
+    hyperparameters: SupervisedHyperparameters | None = Field(None, json_schema_extra={"deprecated": True})
 
     @model_validator(mode="before")
     @classmethod
     def _in_one_form(cls, value: Any) -> Any:
         _check_json(value)
         return _supervised_by_default(_from_sketch(value)) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _hyperparameters_have_one_place(self) -> JobBody:
+        if self.hyperparameters is not None and self.method.type != "supervised":
+            raise ValueError("hyperparameters: put them into method.reinforcement.hyperparameters")
+        return self
 
 
 def _check_json(value: Any, depth: int = 0) -> None:

@@ -112,7 +112,7 @@ def _wire(services: Services, request: JobRequest) -> dict[str, Any]:
         "user_provided_suffix": body.suffix,
         "seed": request.seed,
         "estimated_finish": None,
-        "integrations": [part.model_dump(exclude_none=True) for part in body.integrations or []],
+        "integrations": [part.model_dump(exclude_unset=True) for part in body.integrations or []],
         "method": method,
         "hyperparameters": method[body.method.type]["hyperparameters"],
         "metadata": body.metadata,

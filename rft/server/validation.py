@@ -45,9 +45,10 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What validation keeps of a file: a digest of the messages of every row."""
+    """What validation keeps of a file: a digest of the messages of every row, and how many can call no tool."""
 
     digests: list[bytes]
+    num_toolless: int = 0
 
     def shared_with(self, other: Rows) -> int:
         """How many rows of `other` have the messages of a row of this file."""
@@ -113,6 +114,9 @@ class Validation:
         if shared:
             verb = "row of the validation file is" if shared == 1 else "rows of the validation file are"
             self._tell(job_id, f"{shared} {verb} also in the training file", level="warn")
+        if train.num_toolless:
+            text = f"{train.num_toolless} row(s) of the training file can call no tool: they name none under `tools`"
+            self._tell(job_id, f"{text}, and no tool of the job has a `function` to give them", level="warn")
         self._queue(job, len(train.digests))
 
     def _queue(self, job: dict[str, Any], num_rows: int) -> None:
@@ -156,7 +160,7 @@ def inspect(job: dict[str, Any], folder: Path, limits: LimitsConfig, stop: threa
     if job["method"]["type"] == "supervised":
         reader = _Reader(None, "assistant", stop)
     else:
-        reader = _Reader({tool["name"]: None for tool in section.get("tools") or []}, "user", stop)
+        reader = _Reader({tool["name"]: _spec(tool) for tool in section.get("tools") or []}, "user", stop)
     train = reader.rows(folder / TRAIN, "training_file")
     _check_count(train, "training_file", limits.min_training_rows, limits.max_training_rows)
     if job["validation_file"] is None:
@@ -190,13 +194,16 @@ class _Reader:
             message = f"{_name(param)} is no longer in the folder of the job; create the job again"
             raise InvalidFileError("file_not_found", message, param)
         try:
-            return Rows(load_rows(path, self._digest))
+            found = load_rows(path, self._digest)
+            num_toolless = sum(not has_tools for _, has_tools in found) if self.tool_specs else 0
+            return Rows([digest for digest, _ in found], num_toolless)
         except DataError as error:
             if not error.found and "no rows" in error.problem:
                 return Rows([])
             raise _invalid(error, param) from None
 
-    def _digest(self, row: dict[str, Any], item_id: str, problems: Problems) -> bytes | None:
+    def _digest(self, row: dict[str, Any], item_id: str, problems: Problems) -> tuple[bytes, bool] | None:
+        """Of a row's messages; and whether it has tools."""
         if self.stop.is_set():
             raise StoppedError
         if self.ends_with == "assistant":
@@ -205,7 +212,12 @@ class _Reader:
         if item is None:
             return None
         messages = json.dumps([message.model_dump() for message in item.messages], sort_keys=True)
-        return hashlib.blake2b(messages.encode(), digest_size=16).digest()
+        return hashlib.blake2b(messages.encode(), digest_size=16).digest(), bool(item.tools)
+
+
+def _spec(tool: dict[str, Any]) -> dict[str, Any] | None:
+    """What rows without tools get of a job's tool: something, where it brings a spec."""
+    return {"name": tool["name"]} if tool.get("function") or tool.get("parameters") else None
 
 
 def _without_extras(messages: Any) -> Any:
