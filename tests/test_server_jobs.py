@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError, RateLimitError
 
+from rft.server.fine_tuning import page_of
+from rft.server.index import Page
 from rft.server.jobs import JOB
 from rft.server.keys import DEFAULT_PROJECT
 from rft.server.serve import create_key
@@ -127,6 +129,20 @@ def test_row_12_events_newest_first_in_pages(api: Api) -> None:
 
 def test_a_job_without_checkpoints_has_an_empty_list(api: Api) -> None:
     assert list(api.client.fine_tuning.jobs.checkpoints.list(api.create().id)) == []
+
+
+def test_short_lists_page_as_the_index_does() -> None:
+    objects = [{"id": f"c{number}"} for number in range(5)]
+    first = page_of(objects, 2, None)
+    assert first.body() | {"data": None} == {
+        "object": "list",
+        "data": None,
+        "has_more": True,
+        "first_id": "c0",
+        "last_id": "c1",
+    }
+    assert page_of(objects, 3, "c1") == Page(objects[2:], False)
+    assert page_of(objects, 2, "c4") == page_of(objects, 2, "gone") == Page([], False)
 
 
 def test_jobs_of_other_projects_do_not_exist(tmp_path: Path) -> None:
