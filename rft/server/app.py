@@ -16,7 +16,9 @@ from starlette.exceptions import HTTPException
 
 import rft
 from rft.errors import RftError, UserError
+from rft.server import file_routes, upload_routes
 from rft.server.errors import ApiError, of_user_error
+from rft.server.multipart import Drained
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
@@ -24,7 +26,7 @@ from rft.server.settings import ServerConfig
 logger = logging.getLogger("rft.server")
 
 # Every router is served below /v1 and asks for a key.
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (file_routes.router, upload_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
@@ -45,6 +47,7 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
     app.add_exception_handler(RftError, _rft_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(Limits, max_body_bytes=config.limits.max_body_bytes)
+    app.add_middleware(Drained)
     app.add_middleware(RequestIds)
     return app
 

@@ -16,11 +16,14 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
+from rft.server.files import Files
 from rft.server.index import Index
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
+from rft.server.quota import Quota
 from rft.server.settings import ServerConfig
+from rft.server.uploads import Uploads
 
 INDEX = "index.sqlite"
 
@@ -34,6 +37,9 @@ class Services:
     keys: Keys | None  # None: whoever reaches the server may use it
     jobs: Jobs
     models: Models
+    quota: Quota
+    files: Files
+    uploads: Uploads
 
     @classmethod
     @asynccontextmanager
@@ -42,12 +48,17 @@ class Services:
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
             jobs = Jobs(index, config.data_dir / "runs")
+            quota = Quota(config.limits)
+            files = Files(index, config.data_dir / "files", quota)
             yield cls(
                 config=config,
                 index=index,
                 keys=Keys(index) if has_auth else None,
                 jobs=jobs,
                 models=Models(config, index, jobs),
+                quota=quota,
+                files=files,
+                uploads=Uploads(index, config.data_dir / "uploads", files, quota),
             )
 
 
