@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -21,9 +22,11 @@ from rft.server.index import Index
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
+from rft.server.outgoing import Outgoing
 from rft.server.quota import Quota
 from rft.server.settings import ServerConfig
 from rft.server.uploads import Uploads
+from rft.server.webhooks import Webhooks
 
 INDEX = "index.sqlite"
 
@@ -40,16 +43,23 @@ class Services:
     quota: Quota
     files: Files
     uploads: Uploads
+    outgoing: Outgoing
+    webhooks: Webhooks
 
     @classmethod
     @asynccontextmanager
     async def started(cls, config: ServerConfig, *, has_auth: bool) -> AsyncIterator[Services]:
-        """All of them, on a data folder that is ours alone until the end. Raises UserError when it is taken."""
+        """All of them, on a data folder that is ours alone until the end.
+
+        Raises UserError when it is taken, ConfigError for what only shows now, as a secret that is not there.
+        """
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
             jobs = Jobs(index, config.data_dir / "runs")
             quota = Quota(config.limits)
             files = Files(index, config.data_dir / "files", quota)
+            outgoing = Outgoing(config.outgoing)
+            webhooks = await asyncio.to_thread(Webhooks, config.webhooks, index, outgoing)  # looks names up
             yield cls(
                 config=config,
                 index=index,
@@ -59,6 +69,8 @@ class Services:
                 quota=quota,
                 files=files,
                 uploads=Uploads(index, config.data_dir / "uploads", files, quota),
+                outgoing=outgoing,
+                webhooks=await stack.enter_async_context(webhooks.delivering()),
             )
 
 
