@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +22,7 @@ import openai
 import pytest
 from serving import serving
 
+from rft.server.errors import ApiError
 from rft.server.files import PURPOSES, Files, Wanted, safe_name
 from rft.server.index import Index
 from rft.server.quota import Quota
@@ -361,6 +364,53 @@ def test_only_uploads_may_have_large_bodies(configured: Callable[..., ServerConf
     with serving(configured(max_body_bytes=2000)) as url:
         body = {"bytes": 1, "filename": "x" * 3000, "mime_type": "x", "purpose": "evals"}
         assert httpx2.post(f"{url}/uploads", json=body).status_code == 413
+
+
+@pytest.mark.parametrize("size", [1, 2**20 - 150, 2**20, 2**20 + 1, 3 * 2**20 + 17])
+def test_every_byte_arrives_wherever_blocks_end(client: openai.OpenAI, size: int) -> None:
+    chance = random.Random(size)
+    pieces = [b"\r\n--", b"--\r\n", b"\r", b"\n", b"\0", b"x" * 1000, chance.randbytes(777)]
+    data = b"".join(chance.choice(pieces) for _ in range(size // 100 + 9))[:size].ljust(size, b"-")
+    file = client.files.create(file=("a.bin", data), purpose="user_data")
+    assert file.bytes == size and client.files.content(file.id).read() == data
+
+
+def test_an_upload_is_completed_once(client: openai.OpenAI, tmp_path: Path) -> None:
+    """However many ask for it at the same time, and whatever else arrives meanwhile."""
+    data = ROW * 20_000
+    upload = client.uploads.create(bytes=len(data), filename="t.jsonl", mime_type="x", purpose="fine-tune")
+    part = client.uploads.parts.create(upload.id, data=data)
+
+    def attempt(number: int) -> str:
+        try:
+            if number % 3 == 2:
+                return client.uploads.parts.create(upload.id, data=b"late").object
+            return client.uploads.complete(upload.id, part_ids=[part.id]).status
+        except openai.BadRequestError as error:
+            return str(error.code)
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(attempt, range(8)))
+    assert outcomes.count("completed") == 1
+    assert set(outcomes) <= {"completed", "upload_not_pending", "upload.part"}
+    (file,) = client.files.list()
+    assert names_below(tmp_path / "data") == [file.id] and client.files.content(file.id).read() == data
+
+
+def test_files_of_our_own_and_paths_by_purpose(tmp_path: Path) -> None:
+    """What the other parts of the server use."""
+    files = Files(Index(tmp_path / "i.sqlite"), tmp_path / "files", Quota(LimitsConfig(max_project_bytes=1)))
+    body = files.add(b"step,reward\n", "results.csv", "fine-tune-results", "p")
+    assert body["purpose"] == "fine-tune-results" and body["status"] == "processed" and body["bytes"] == 12
+    assert files.path(body["id"], "p").read_bytes() == b"step,reward\n"
+    with pytest.raises(ApiError) as caught:
+        files.path(body["id"], "p", purpose="fine-tune", param="training_file")
+    assert (caught.value.status, caught.value.code) == (400, "invalid_file_purpose")
+    assert caught.value.param == "training_file"
+    for file_id, project in (("file-x", "p"), (body["id"], "q"), ("../i.sqlite", "p")):
+        with pytest.raises(ApiError) as caught:
+            files.path(file_id, project, param="training_file")
+        assert (caught.value.status, caught.value.code) == (404, "file_not_found")
 
 
 def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path: Path) -> None:

@@ -139,23 +139,18 @@ class Files:
 
     def _clean(self) -> None:
         """Remove what is hidden, adopt what the index does not know, forget what has no content."""
+        found: list[dict[str, Any]] = []
         for path in self._folder.iterdir():
             if path.name.startswith(HIDDEN):
                 shutil.rmtree(path, ignore_errors=True)
             elif self._index.get(FILE, path.name) is None:
-                self._adopt(path)
+                found += _read(path)
+        for each in sorted(found, key=lambda each: each["file"]["created_at"]):
+            self._index.put(FILE, each["file"], project=each["project"])
         for body in self._index.every(FILE):
             if not (self._folder / body["id"] / "content").is_file():
                 _log.warning("the content of %s is gone; so is the file", body["id"])
                 self._index.delete(FILE, body["id"])
-
-    def _adopt(self, path: Path) -> None:
-        try:
-            found = read_json(path / "file.json")
-            if found["file"]["id"] == path.name:
-                self._index.put(FILE, found["file"], project=found["project"])
-        except (StorageError, KeyError, TypeError):  # none of ours, or damaged: left for a person to look at
-            _log.warning("%s is not a file that was uploaded; it is left alone", path)
 
     def _count(self, body: dict[str, Any], project: str) -> None:
         self._quota.add(project, body["bytes"])
@@ -195,3 +190,16 @@ def _describe(incoming: Incoming, wanted: Wanted) -> dict[str, Any]:
 
 def _stored(body: dict[str, Any], project: str) -> str:
     return json.dumps({"project": project, "file": body})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What `_stored` wrote into the folder of a file, if it did."""
+    try:
+        found = read_json(path / "file.json")
+        is_ours = found["file"]["id"] == path.name and isinstance(found["project"], str)
+    except (StorageError, KeyError, TypeError):
+        is_ours = False
+    if is_ours:
+        return [found]
+    _log.warning("%s is not a file that was uploaded; it is left alone", path)
+    return []
