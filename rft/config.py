@@ -19,6 +19,7 @@ from rft.errors import ConfigError
 from rft.graders import GraderSpec, judge_models
 from rft.graders.base import spec_path
 from rft.graders.judge import JudgeConfig
+from rft.tracking import TrackerConfig
 
 _AUTO_IMPORTANCE_CAP = 2.0
 _TAGS = ("vllm", "transformers", "http", "mcp")  # of the unions below
@@ -312,6 +313,7 @@ class RunConfig(Config):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     warmup: WarmupConfig | None = None  # for `rft warmup` alone
+    trackers: list[TrackerConfig] = Field(default_factory=list)  # besides the run folder
 
     @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:

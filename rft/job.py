@@ -35,6 +35,7 @@ from rft.reuse import StoredRollouts, Usable
 from rft.rollout import Workshop
 from rft.sampling import Sampling
 from rft.store import RunStore
+from rft.tracking import check_trackers, tracked
 from rft.types import Item, Split
 from rft.watch import Watchdog
 
@@ -83,6 +84,7 @@ def run_job(
     checkpoint: which one of the run to continue from; by default the newest.
     """
     _quieten()
+    check_trackers(config.trackers)
     if int(os.environ.get("RANK", "0")) > 0:
         _follow(config)
         return config.runs_dir
@@ -120,6 +122,7 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
         raise ConfigError("the config has no warm-up", where="warmup", cure=_WARMUP_CURE)
     if importlib.util.find_spec("trl") is None:
         raise UserError("TRL is not installed", where="rft warmup", cure=_TRL_CURE)
+    check_trackers(config.trackers)
     _quieten()
     chat = Chat.from_folder(config.model.path)
     lesson = load_lesson(config, config.warmup, chat)
@@ -139,7 +142,8 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
                 if config.model.init_from is not None:
                     checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
             steps = num_steps(lesson, config.warmup)
-            with display.phase("warm-up", steps) as phase:
+            trackers = tracked(config.trackers, store, config.model_dump(mode="json"), first_step=1)
+            with trackers, display.phase("warm-up", steps) as phase:
                 warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
         with store:
             store.mark_done()
@@ -240,7 +244,8 @@ def _train(job: _Job, policy: Policy, leader: Leader) -> None:
     with policy.ranks.leading():
         step = _restore(job, policy)
         _rewind(job, step, job.config.training.staleness)
-        train(job.config, policy, leader, step + 1)
+        with tracked(job.config.trackers, job.store, job.config.model_dump(mode="json"), step + 1):
+            train(job.config, policy, leader, step + 1)
 
 
 def _sample_only(job: _Job) -> None:

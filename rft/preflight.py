@@ -24,6 +24,7 @@ _MAY_CHANGE_ON_RESUME = {
     "evaluation",
     "rollout.stall_limit_s",
     "warmup",
+    "trackers",
     "training.steps",
     "training.checkpoint_every",
     "training.keep_checkpoints",

@@ -32,6 +32,7 @@ class RunStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.on_metrics: Callable[[dict[str, Any]], None] | None = None  # called with every row that is appended
         self._lock_fd: int | None = None
         self._files = Appender()
 
@@ -127,6 +128,8 @@ class RunStore:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a flat row; numbers that are not finite are written as null."""
         self._append(self.path / "metrics.jsonl", json.dumps(finite(row), allow_nan=False))
+        if self.on_metrics is not None:
+            self.on_metrics(row)
 
     def append_event(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
         self._append(self._events_path, _event(level, message, data))

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "graders", "trainers")
 HEAVY = (
     "torch transformers vllm peft accelerate numpy "
-    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers mcp httpx2 trl datasets jinja2"
+    "matplotlib bm25s simple_icd_10_cm docstring_parser gymnasium verifiers mcp httpx2 trl datasets jinja2 "
+    "wandb tensorboard trackio"
 )
 
 

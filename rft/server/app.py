@@ -17,7 +17,9 @@ from starlette.exceptions import HTTPException
 import rft
 from rft.errors import RftError, UserError
 from rft.server import fine_tuning, permissions
+from rft.server import file_routes, upload_routes
 from rft.server.errors import ApiError, of_user_error
+from rft.server.multipart import Drained
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
@@ -48,6 +50,7 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
     app.add_exception_handler(RftError, _rft_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(Limits, max_body_bytes=config.limits.max_body_bytes)
+    app.add_middleware(Drained)
     app.add_middleware(RequestIds)
     return app
 

@@ -6,10 +6,12 @@ the user inside rft becomes one with `of_user_error`; anything else is a bug and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rft.errors import UserError
 
+NO_RETRY = {"x-should-retry": "false"}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -21,16 +23,23 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """What a request is refused with. `param` is the path of the field that is wrong, `code` what programs read."""
+    """What a request is refused with. `param` is the path of the field that is wrong, `code` what programs read.
 
-    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+    `headers` of the answer tell the SDK not to repeat what would fail again; those given are added.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.message, self.status, self.code, self.param = message, status, code, param
+        self.headers = {**({} if status in (429, 503) else NO_RETRY), **(headers or {})}
         super().__init__(message)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What tells the SDK not to repeat a request that would fail again."""
-        return {} if self.status in (429, 503) else {"x-should-retry": "false"}
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error")

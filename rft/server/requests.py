@@ -15,7 +15,7 @@ from rft.server.errors import ApiError
 from rft.server.ids import new_id
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-UPLOADS = ("/v1/files", "/v1/uploads")  # limit their own bodies, and stream them to disk
+UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # limit their own bodies, and stream them to disk
 
 
 class RequestIds:
@@ -47,7 +47,7 @@ class Limits:
         self._app, self._max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(UPLOADS):
+        if scope["type"] != "http" or UPLOADS.fullmatch(scope["path"]):
             return await self._app(scope, receive, send)
         said = Headers(scope=scope).get("content-length", "")
         if said.isdigit() and int(said) > self._max_body_bytes:

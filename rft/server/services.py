@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -16,13 +17,25 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
-from rft.server import seams
+from rft.server import checkpoint_views, results, views
+from rft.server.eval_runs import EvalRuns
+from rft.server.evals import Evals
+from rft.server.files import Files
 from rft.server.index import Index
+from rft.server.inference import Inference
+from rft.server.inference.stored import StoredResponses
+from rft.server.job_runs import JobRuns
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
+from rft.server.outgoing import Outgoing
+from rft.server.quota import Quota
 from rft.server.settings import ServerConfig
+from rft.server.uploads import Uploads
 from rft.server.validation import Validation
+from rft.server.webhooks import Webhooks
+from rft.server.work import Parts, Seams, Works
+from rft.server.worker import Worker
 
 INDEX = "index.sqlite"
 
@@ -36,32 +49,78 @@ class Services:
     keys: Keys | None  # None: whoever reaches the server may use it
     jobs: Jobs
     models: Models
-    # Other parts of the server, by what this one needs of them.
-    files: seams.Files = field(default_factory=seams.NoFiles)
-    outgoing: seams.Outgoing = field(default_factory=seams.AnyUrl)
-    worker: seams.Worker = field(init=False)
-    webhooks: seams.Webhooks | None = None
+    quota: Quota
+    files: Files
+    uploads: Uploads
+    outgoing: Outgoing
+    webhooks: Webhooks
+    worker: Worker
+    evals: Evals
+    eval_runs: EvalRuns
+    job_runs: JobRuns
+    inference: Inference
+    responses: StoredResponses
     validation: Validation = field(init=False)
 
     @classmethod
     @asynccontextmanager
     async def started(cls, config: ServerConfig, *, has_auth: bool) -> AsyncIterator[Services]:
-        """All of them, on a data folder that is ours alone until the end. Raises UserError when it is taken."""
+        """All of them, on a data folder that is ours alone until the end.
+
+        Raises UserError when it is taken, ConfigError for what only shows now, as a secret that is not there.
+        """
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
-            jobs = Jobs(index, config.data_dir / "runs")
-            started = cls(
-                config=config,
-                index=index,
-                keys=Keys(index) if has_auth else None,
-                jobs=jobs,
-                models=Models(config, index, jobs),
-            )
-            started.worker = seams.NoWorker(jobs)
-            started.validation = Validation(started)
-            stack.push_async_callback(started.validation.close)
-            started.validation.start()
-            yield started
+            services = await cls._built(config, index, Keys(index) if has_auth else None, stack)
+            await services.worker.start()
+            services.validation.start()
+            yield services
+
+    @classmethod
+    async def _built(cls, config: ServerConfig, index: Index, keys: Keys | None, stack: AsyncExitStack) -> Services:
+        """All of them; what has to end is on the stack."""
+        data = config.data_dir
+        jobs = Jobs(index, data / "runs")
+        models = Models(config, index, jobs)
+        quota = Quota(config.limits)
+        files = Files(index, data / "files", quota)
+        outgoing = Outgoing(config.outgoing)
+        webhooks = await asyncio.to_thread(Webhooks, config.webhooks, index, outgoing)  # looks names up
+        webhooks = await stack.enter_async_context(webhooks.delivering())
+        inference = Inference(config.inference, data / "logs")
+        stack.push_async_callback(inference.close)
+        eval_runs = EvalRuns(index)
+        stack.push_async_callback(eval_runs.close)
+        seams = Seams(
+            metrics_events=views.metrics_events,
+            usage_metrics=views.usage_metrics,
+            result_csv=results.result_csv,
+            add_file=files.add,
+            job_ended=webhooks.job_ended,
+        )
+        worker = Worker(Parts(config, jobs, models, Works(index), seams))
+        stack.push_async_callback(worker.close)
+        services = cls(
+            config=config,
+            index=index,
+            keys=keys,
+            jobs=jobs,
+            models=models,
+            quota=quota,
+            files=files,
+            uploads=Uploads(index, data / "uploads", files, quota),
+            outgoing=outgoing,
+            webhooks=webhooks,
+            worker=worker,
+            evals=Evals(index, jobs, data / "evals"),
+            eval_runs=eval_runs,
+            job_runs=JobRuns(),
+            inference=inference,
+            responses=StoredResponses(index, config.inference.keep_responses_days),
+        )
+        services.validation = Validation(services)
+        stack.push_async_callback(services.validation.close)
+        return services
 
 
 @contextmanager

@@ -79,6 +79,7 @@ class LimitsConfig(Config):
     """What one client may ask for."""
 
     max_upload_bytes: int = Field(512_000_000, ge=1)
+    max_parts_bytes: int = Field(8_589_934_592, ge=1, description="of a file uploaded in parts")
     max_project_bytes: int = Field(2_500_000_000_000, ge=1, description="of all files of a project")
     uploads_per_minute: int = Field(1000, ge=1)
     max_body_bytes: int = Field(16_000_000, ge=1024, description="of any request that is not an upload")
