@@ -14,12 +14,13 @@ from rft.types import Grade, Group, Rollout, TokenUsage
 
 
 def breakdown(groups: Sequence[Group]) -> dict[str, float]:
-    """Sampled and reasoning tokens in all, and the three breakdowns."""
+    """Tokens in all (of the prompt: each once, also where later turns read it again), and the three breakdowns."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     grades = [rollout.grade for rollout in rollouts if rollout.grade is not None]
     return {
         "num_graded": len(grades),
         "num_sampled_tokens": sum(rollout.num_sampled_tokens for rollout in rollouts),
+        "num_prompt_tokens": sum(len(turn.input_ids) for rollout in rollouts for turn in rollout.turns),
         "num_reasoning_tokens": sum(num_reasoning_tokens(rollout) for rollout in rollouts),
         "unresponsive_share": fmean([float(not rollout.output_text.strip()) for rollout in rollouts] or [0.0]),
         **_parts(grades),
