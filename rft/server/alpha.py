@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 from fastapi import APIRouter
@@ -96,7 +97,7 @@ async def run_tool(request: ToolRequest, services: ServicesDep) -> dict[str, Any
 
 
 def new_trace_id() -> str:
-    return new_id("trace_", 32)
+    return "trace_" + secrets.token_hex(16)
 
 
 async def _run_tool(request: ToolRequest, services: Services) -> dict[str, Any]:
