@@ -13,7 +13,7 @@ from rft.envs.http import check_headers, is_absolute, problem_of, read_reply, to
 from rft.graders.run import run
 from rft.server.errors import ApiError
 from rft.server.ids import new_id
-from rft.server.judging import grader_tools, wire_grader
+from rft.server.judging import contract_form, grader_tools, wire_grader
 from rft.server.redaction import redacted
 from rft.server.services import CallerDep, Services, ServicesDep
 from rft.wire import MAX_BODY_BYTES, Client, Reply, RetryPolicy, WireError, post_json, safe_url
@@ -74,9 +74,7 @@ class ToolRequest(BaseModel):
 async def validate_grader(request: ValidateRequest, services: ServicesDep) -> dict[str, Any]:
     """The grader, with a name where it had none; header values are not echoed."""
     spec = wire_grader(services, request.grader, "grader")
-    if request.grader["type"] != spec.type:  # a sketched one, in the contract's form
-        return {"grader": spec.model_dump(mode="json", exclude_unset=True) | {"type": spec.type, "name": spec.name}}
-    return {"grader": redacted(request.grader) | {"name": spec.name}}
+    return {"grader": redacted(contract_form(request.grader, spec))}
 
 
 @router.post("/graders/run")

@@ -6,7 +6,7 @@ config files.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rft.errors import ConfigError
 from rft.graders import GraderTools, judge_models
@@ -15,8 +15,10 @@ from rft.graders.judge import JudgeConfig, Judges
 from rft.graders.multi import MultiSpec
 from rft.graders.run import validate
 from rft.server.errors import ApiError, of_user_error
-from rft.server.services import Services
 from rft.server.settings import RemoteModel
+
+if TYPE_CHECKING:
+    from rft.server.services import Services
 
 CODE = "invalid_grader"
 _TYPES = ("string_check", "text_similarity", "python", "score_model", "label_model", "endpoint", "multi", "model")
@@ -31,6 +33,13 @@ def wire_grader(services: Services, tree: Any, param: str) -> Any:
         raise of_user_error(error, code=CODE) from None
     _check_urls(services, spec, param)
     return spec
+
+
+def contract_form(tree: dict[str, Any], spec: Any) -> dict[str, Any]:
+    """The JSON of a grader as its client wrote it, header values included, with its name; a sketch as what it means."""
+    is_sketch = tree.get("type") != spec.type
+    form = spec.model_dump(mode="json", exclude_unset=True) | {"type": spec.type} if is_sketch else tree
+    return {**form, "name": spec.name}
 
 
 def _check_tree(tree: Any, param: str) -> None:

@@ -16,7 +16,10 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
+from rft.server.eval_runs import EvalRuns
+from rft.server.evals import Evals
 from rft.server.index import Index
+from rft.server.job_runs import JobRuns
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
@@ -34,6 +37,9 @@ class Services:
     keys: Keys | None  # None: whoever reaches the server may use it
     jobs: Jobs
     models: Models
+    evals: Evals
+    eval_runs: EvalRuns
+    job_runs: JobRuns
 
     @classmethod
     @asynccontextmanager
@@ -42,12 +48,17 @@ class Services:
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
             jobs = Jobs(index, config.data_dir / "runs")
+            eval_runs = EvalRuns(index)
+            stack.push_async_callback(eval_runs.close)
             yield cls(
                 config=config,
                 index=index,
                 keys=Keys(index) if has_auth else None,
                 jobs=jobs,
                 models=Models(config, index, jobs),
+                evals=Evals(index, jobs, config.data_dir / "evals"),
+                eval_runs=eval_runs,
+                job_runs=JobRuns(),
             )
 
 
