@@ -131,8 +131,9 @@ class EvalRuns:
                 await criteria[-1].grader.start()
             examiner = Examiner(run, criteria, work.question, _asker(services, work), tally)
             for numbered in _chunks(work.rows):
-                items = await asyncio.gather(*(examiner.item(row, number) for number, row in numbered))
-                self._write(items, run["id"], work.project, tally)
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(examiner.item(row, number)) for number, row in numbered]
+                self._write([task.result() for task in tasks], run["id"], work.project, tally)
         finally:
             for criterion in criteria:
                 await criterion.grader.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,13 @@ class JobRuns:
         if step is None:
             return None
         table, criteria = self._items.table(store, step.number), criteria_of(job)
-        places = [place for place in table.places.values() if status in (None, _status(place, criteria))]
-        if order == "desc":
-            places.reverse()
+        places = iter(reversed(table.places.values()) if order == "desc" else table.places.values())
         if after is not None:
             wanted = rollout_id_of(after)
-            known = table.places.get(wanted)
-            places = places[places.index(known) + 1 :] if known in places else []
-        chosen = places[:limit]
-        return Page(self._objects(store, job, run_id, table, chosen), len(places) > limit)
+            any(place.id == wanted for place in places)  # goes up to it, or to the end
+        wanted_ones = (place for place in places if status is None or _status(place, criteria) == status)
+        chosen = list(islice(wanted_ones, limit + 1))
+        return Page(self._objects(store, job, run_id, table, chosen[:limit]), len(chosen) > limit)
 
     def item(self, store: RunStore, job: Mapping[str, Any], run_id: str, item_id: str) -> dict[str, Any] | None:
         step = _step(store, job, run_id)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rft.files import parsed
 from rft.store import RunStore
 from rft.types import Rollout, StopReason
@@ -49,9 +51,9 @@ class Table:
         with self.path.open("rb") as file:
             for place in chosen:
                 file.seek(place.offset)
-                row = parsed(file.readline())
-                if row is not None and row.get("id") == place.id:
-                    found.append(Rollout.model_validate(row))
+                rollout = _rollout(file.readline())
+                if rollout is not None and rollout.id == place.id:
+                    found.append(rollout)
         return found
 
 
@@ -80,6 +82,15 @@ class StepItems:
             while len(self._tables) > _MAX_TABLES:
                 self._tables.popitem(last=False)
         return table
+
+
+def _rollout(line: bytes) -> Rollout | None:
+    """Straight from the text, which takes a quarter of the time; half a surrogate pair is read the other way only."""
+    try:
+        return Rollout.model_validate_json(line)
+    except ValidationError:
+        row = parsed(line)
+        return Rollout.model_validate(row) if row is not None and "turns" in row else None
 
 
 def _places(path: Path) -> dict[str, Place]:
