@@ -75,9 +75,8 @@ def run(parts: Any, data_source: dict[str, Any], trees: list[dict[str, Any]]) ->
         question, rows = question_of(data_source), await rows_of(parts, data_source, "p")
         started = runs.start(parts, "eval_1", {"name": "n", "model": "m"}, Assignment(rows, question, trees, "p"))
         async with asyncio.timeout(30):
-            while (found := parts.index.get(RUN, started["id"]))["status"] in ("queued", "in_progress"):
-                await asyncio.sleep(0.005)
-        return found
+            await runs.ended()
+        return parts.index.get(RUN, started["id"])
 
     ended = asyncio.run(story())
     return ended, parts.index.every(ITEM, parent=ended["id"])

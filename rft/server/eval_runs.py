@@ -97,10 +97,13 @@ class EvalRuns:
 
     async def close(self) -> None:
         """Interrupt what is under way; the next start says so of it."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Return when nothing is under way of what is now."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _run(self, services: Services, run: dict[str, Any], work: Assignment) -> None:
         try:
