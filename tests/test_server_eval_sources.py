@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import verdict
 
 from rft.errors import GraderError
+from rft.graders.run import validate
 from rft.server.errors import ApiError
 from rft.server.eval_runs import Assignment, EvalRuns
 from rft.server.eval_sources import question_of, rows_of, sample_of_completion
 from rft.server.evals import ITEM, RUN
 from rft.server.index import Index
 from rft.server.jobs import Jobs
+from rft.server.judging import judge_configs
 from rft.server.models import Models, Target
 from rft.server.settings import ServerConfig
 
@@ -182,6 +185,37 @@ def test_messages_of_an_item_by_reference() -> None:
 def test_what_is_no_completion_is_an_error(answer: dict[str, Any]) -> None:
     with pytest.raises(GraderError, match="not a chat completion"):
         sample_of_completion(answer)
+
+
+class JudgingInference(EchoInference):
+    """Says of everything what a judge would."""
+
+    async def chat(self, target: Target, body: dict[str, Any]) -> dict[str, Any]:
+        self.bodies.append(body)
+        if body["messages"][0]["content"] == "refuse":
+            raise ApiError("the prompt is too long", code="context_length_exceeded")
+        _, completion = verdict({"steps": [], "result": 0.75})
+        return completion
+
+
+def test_a_local_model_judges_through_the_servers_own_inference(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.inference = JudgingInference()
+    judge = {
+        "type": "score_model",
+        "name": "j",
+        "model": "m",
+        "input": [{"role": "user", "content": "{{item.answer}}"}],
+    }
+    ended, items = run(parts, {"type": "jsonl", "source": content("yes", "refuse")}, [judge])
+    assert ended["result_counts"] == {"total": 2, "errored": 1, "failed": 0, "passed": 1}
+    assert items[0]["results"][0]["score"] == 0.75 and "too long" in items[1]["results"][0]["error"]
+    assert ended["per_model_usage"][0]["model_name"] == "m"
+    [asked] = [body for body in parts.inference.bodies if body["messages"][0]["content"] == "yes"]
+    assert "maxItems" in json.dumps(asked["response_format"]), "small models need an end to every list"
+    with pytest.raises(ApiError) as refused:
+        judge_configs(parts, validate(judge), "p")  # type: ignore[arg-type]
+    assert refused.value.code == "model_not_available"
 
 
 def test_a_run_says_so_when_the_server_has_a_bug(tmp_path: Path) -> None:

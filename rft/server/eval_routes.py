@@ -14,7 +14,7 @@ from rft.server.eval_runs import Assignment
 from rft.server.eval_sources import question_of, rows_of
 from rft.server.evals import ITEM, RUN
 from rft.server.index import Order, Page
-from rft.server.judging import contract_form, judge_configs, wire_grader
+from rft.server.judging import contract_form, grader_tools, wire_grader
 from rft.server.keys import Caller
 from rft.server.redaction import redacted
 from rft.server.services import CallerDep, Services, ServicesDep
@@ -65,7 +65,7 @@ async def create_eval(request: EvalCreate, services: ServicesDep, caller: Caller
     trees: list[dict[str, Any]] = []
     for index, tree in enumerate(request.testing_criteria):
         spec = wire_grader(services, tree, f"testing_criteria.{index}")
-        judge_configs(services, spec, caller.project)  # refused now rather than in every run
+        grader_tools(services, spec, caller.project)  # unknown models are refused now, not in every run
         trees.append({**contract_form(tree, spec), "name": _free(spec.name, trees)})
     body = {
         "name": request.name or "",

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rft.errors import ConfigError
 from rft.graders import GraderTools, judge_models
 from rft.graders.endpoint import EndpointSpec
-from rft.graders.judge import JudgeConfig, Judges
+from rft.graders.judge import Judge, JudgeConfig, Judges
 from rft.graders.multi import MultiSpec
 from rft.graders.run import validate
 from rft.server.errors import ApiError, of_user_error
+from rft.server.local_judge import LocalJudge
+from rft.server.models import Target
 from rft.server.settings import RemoteModel
 
 if TYPE_CHECKING:
@@ -83,18 +85,17 @@ def _parts(spec: Any, param: str) -> list[tuple[str, Any]]:
 
 def judge_configs(services: Services, spec: Any, project: str) -> dict[str, JudgeConfig]:
     """Where the models are that a spec asks. Raises ApiError: 404 for an unknown name, 400 for a local model."""
-    return {name: _judge(services, name, project) for name in judge_models(spec)}
+    return {name: _config(services.models.target(name, project)) for name in judge_models(spec)}
 
 
-def _judge(services: Services, name: str, project: str) -> JudgeConfig:
-    target = services.models.target(name, project)
+def _config(target: Target) -> JudgeConfig:
     base = target.base
-    if not isinstance(base, RemoteModel) or target.checkpoint is not None:
-        message = f"The model {name} is served by this machine, and graders cannot ask it here yet."
+    if not isinstance(base, RemoteModel):
+        message = f"The model {target.name} is served by this machine, and graders cannot ask it here."
         raise ApiError(message, code="model_not_available", param="grader.model")
     return JudgeConfig(
         url=base.url,
-        model=base.model or name,
+        model=base.model or target.name,
         api_key_env=base.api_key_env,
         max_concurrent=base.max_concurrent,
         timeout_s=base.timeout_s,
@@ -102,5 +103,13 @@ def _judge(services: Services, name: str, project: str) -> JudgeConfig:
 
 
 def grader_tools(services: Services, spec: Any, project: str) -> GraderTools:
-    """For one grader; its judges are the caller's to close. Raises ApiError as `judge_configs` does."""
-    return GraderTools(Judges(judge_configs(services, spec, project)))
+    """For one grader; its judges are the caller's to close. Local models are asked through `services.inference`.
+
+    Raises ApiError: 404 for an unknown name, 400 for a local model of a server that answers no requests to models.
+    """
+    inference, judges = getattr(services, "inference", None), Judges()
+    for name in judge_models(spec):
+        target = services.models.target(name, project)
+        is_own = inference is not None and not isinstance(target.base, RemoteModel)
+        judges.add(LocalJudge(target, inference) if is_own else Judge(name, _config(target)))
+    return GraderTools(judges)
