@@ -339,6 +339,24 @@ def test_row_35_a_tool_that_fails_is_refused_once(client: OpenAI) -> None:
         assert refused.value.param == "server_url"
 
 
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": "\\ud83d"}', '{"a": 1e999}'])
+def test_json_that_cannot_be_written_again_is_refused(client: OpenAI, text: str) -> None:
+    body = f'{{"grader": {json.dumps(EQUAL)}, "model_sample": "x", "item": {text}}}'
+    with pytest.raises(BadRequestError) as refused:
+        client.post(
+            "/fine_tuning/alpha/graders/run",
+            content=body.encode(),
+            options={"headers": {"content-type": "application/json"}},
+            cast_to=object,
+        )
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "item")
+
+
+def test_a_tool_that_answers_odd_json_is_shown_anyway(client: OpenAI) -> None:
+    with ScriptedServer(lambda number, body: (200, b'{"output": "half \\ud83d", "n": NaN}')) as tool:
+        assert call_tool(client, server_url=tool.base_url) == {"output": "half ?", "n": None}
+
+
 def test_urls_are_checked_where_the_server_has_a_list(client: OpenAI, tmp_path: Path) -> None:
     """Until then every URL is allowed; the service `outgoing` is joined by its name."""
     from rft.server.errors import ApiError

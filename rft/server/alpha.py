@@ -13,6 +13,7 @@ from rft.envs.http import check_headers, is_absolute, problem_of, read_reply, to
 from rft.graders.run import run
 from rft.server.errors import ApiError
 from rft.server.ids import new_id
+from rft.server.json_bodies import SoundJson, SoundObject, SoundText, cleaned
 from rft.server.judging import contract_form, grader_tools, wire_grader
 from rft.server.redaction import redacted
 from rft.server.services import CallerDep, Services, ServicesDep
@@ -28,7 +29,7 @@ class ValidateRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    grader: Any
+    grader: SoundJson
 
 
 class RunRequest(BaseModel):
@@ -36,10 +37,10 @@ class RunRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    grader: Any
-    model_sample: str
-    item: dict[str, Any] = Field(default_factory=dict)
-    trace_id: str | None = None
+    grader: SoundJson
+    model_sample: SoundText
+    item: SoundObject = Field(default_factory=dict)
+    trace_id: SoundText | None = None
 
 
 class ToolRequest(BaseModel):
@@ -109,9 +110,10 @@ async def _run_tool(request: ToolRequest, services: Services) -> dict[str, Any]:
     reply = await _post(request, body, call["call_id"])
     answer = reply.json()
     if reply.status < 300 and not reply.is_too_large and isinstance(answer, dict):
-        return answer
+        shown: dict[str, Any] = cleaned(answer)
+        return shown
     output, _ = read_reply(reply, request.name)
-    return {"result": {"output": output}}
+    return {"result": {"output": cleaned(output)}}
 
 
 def _call(request: ToolRequest) -> dict[str, Any]:

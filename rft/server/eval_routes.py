@@ -14,6 +14,7 @@ from rft.server.eval_runs import Assignment
 from rft.server.eval_sources import question_of, rows_of
 from rft.server.evals import ITEM, RUN
 from rft.server.index import Order, Page
+from rft.server.json_bodies import SoundJson, SoundObject, SoundText
 from rft.server.judging import contract_form, grader_tools, wire_grader
 from rft.server.keys import Caller
 from rft.server.redaction import redacted
@@ -24,7 +25,7 @@ router = APIRouter(prefix="/evals", tags=["evals"])
 T = TypeVar("T")
 Limit = Annotated[int, Query(ge=1, le=100)]
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[SoundText, Field(max_length=64)], Annotated[SoundText, Field(max_length=512)]], Field(max_length=16)
 ]
 RunStatus = Literal["queued", "in_progress", "completed", "canceled", "failed"]
 _STATUSES = {"passed": "pass", "failed": "fail"}  # as the SDK's documentation spells them, and as its type does
@@ -35,10 +36,10 @@ class EvalCreate(BaseModel):
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    name: str | None = None
+    name: SoundText | None = None
     metadata: Metadata | None = None
-    data_source_config: dict[str, Any]
-    testing_criteria: list[Any] = Field(min_length=1, max_length=64)
+    data_source_config: SoundObject
+    testing_criteria: list[SoundJson] = Field(min_length=1, max_length=64)
 
 
 class EvalUpdate(BaseModel):
@@ -46,7 +47,7 @@ class EvalUpdate(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str | None = None
+    name: SoundText | None = None
     metadata: Metadata | None = None
 
 
@@ -55,9 +56,9 @@ class RunCreate(BaseModel):
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    name: str | None = None
+    name: SoundText | None = None
     metadata: Metadata | None = None
-    data_source: dict[str, Any]
+    data_source: SoundObject
 
 
 @router.post("", status_code=201)

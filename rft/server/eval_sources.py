@@ -20,6 +20,7 @@ from rft.graders.judge import JudgeMessage, check_messages, render_messages
 from rft.graders.sample import sample_of_text
 from rft.graders.template import check_template, render
 from rft.server.errors import ApiError
+from rft.server.json_bodies import cleaned
 
 if TYPE_CHECKING:
     from rft.server.services import Services
@@ -93,7 +94,7 @@ def _read(path: Path) -> list[Any]:
     with path.open("rb") as file:
         for line in file:
             if line.strip() and len(found) <= MAX_ROWS:
-                found.append(_parsed(line.decode("utf-8", "replace")))
+                found.append(cleaned(_parsed(line.decode("utf-8", "replace"))))
     return found
 
 
@@ -162,6 +163,7 @@ def _tool(tool: Any) -> Any:
 
 def sample_of_completion(completion: Mapping[str, Any]) -> dict[str, Any]:
     """What graders see of a chat completion. Raises GraderError when it is none."""
+    completion = cleaned(completion)
     try:
         message = completion["choices"][0]["message"]
         text, calls = message.get("content") or "", message.get("tool_calls") or []

@@ -25,7 +25,10 @@ _USAGE = ("cached", "prompt", "completion")
 
 
 def metrics_events(store: RunStore, job: dict[str, Any], after: int) -> list[tuple[str, dict[str, Any]]]:
-    """(message, data) of each complete step after `after`, in order; of a warm-up's steps for a supervised job."""
+    """(message, data) of each complete step after `after`, in order; of a warm-up's steps for a supervised job.
+
+    Reads the metrics of the whole run: to be called when their file has grown.
+    """
     if (job.get("method") or {}).get("type") == "supervised":
         return _supervised(store, after)
     found = [step for step in complete_steps(store) if step.number > after]
