@@ -186,6 +186,7 @@ def test_an_eval_over_stored_answers(client: OpenAI) -> None:
     assert made.id.startswith("eval_") and [entry.name for entry in made.testing_criteria] == ["equal", "similar"]
     run = run_to_its_end(client, made.id, name="first", data_source=rows(("yes", "yes"), ("yes", "yess"), ("a", "b")))
     assert (run.status, run.name) == ("completed", "first")
+    assert run.data_source.source.content == [], "rows are in the items"
     assert (run.result_counts.total, run.result_counts.passed, run.result_counts.failed) == (3, 1, 2)
     assert [(entry.testing_criteria, entry.passed) for entry in run.per_testing_criteria_results] == [
         ("equal", 1),

@@ -198,3 +198,27 @@ def test_steps_of_a_warm_up(tmp_path: Path) -> None:
     assert message == "Step 1/2: training loss=0.50"
     assert (data["train_loss"], data["train_mean_token_accuracy"], data["full_valid_loss"]) == (0.5, 0.75, 0.25)
     assert last["full_valid_loss"] is None and result_csv(store, job).startswith("step,train_loss,")
+
+
+@pytest.mark.slow
+def test_row_13_events_of_a_real_training(tmp_path: Path) -> None:
+    """What the trainer writes is what the views read: no number is missing that the hosted event has."""
+    from test_job import a_tree
+
+    from rft.config import validate_config
+    from rft.job import run_job
+
+    tree = a_tree(tmp_path, evaluation={"every": 2, "validation_items": 2})
+    store = RunStore.open(run_job(validate_config(tree, "test")))
+    job = a_job(tree["grader"])
+    events = metrics_events(store, job, after=0)
+    evaluated = [data for _, data in events if data["full_valid_mean_reward"] is not None]
+    assert [data["step"] for _, data in events] == [1, 2, 3] and [data["step"] for data in evaluated] == [2, 3]
+    for data in evaluated:
+        assert_has_shape(data, {**HOSTED, "model_graders_token_usage": {}})
+    assert {checkpoint["step_number"] for checkpoint in checkpoint_objects(store, job)} == {2, 3}
+    rows = list(csv.DictReader(io.StringIO(result_csv(store, job))))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert all(row["sampling_duration"] for row in rows[1:])
+    assert any(row["total_loss_sum"] for row in rows), "a step without a useful group has no loss"
+    assert usage_metrics(store)["seconds"]["sampling"] > 0

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rft.server.errors import ApiError, not_found
 from rft.server.eval_runs import Assignment
-from rft.server.eval_sources import question_of, rows_of
+from rft.server.eval_sources import question_of, rows_of, shown
 from rft.server.evals import ITEM, RUN
 from rft.server.index import Order, Page
 from rft.server.json_bodies import SoundJson, SoundObject, SoundText
@@ -119,7 +119,7 @@ async def create_run(eval_id: str, request: RunCreate, services: ServicesDep, ca
     body = {
         "name": request.name or "",
         "model": question.model if question is not None else "",
-        "data_source": redacted(request.data_source),
+        "data_source": redacted(shown(request.data_source)),
         "metadata": request.metadata or {},
     }
     return services.eval_runs.start(services, eval_id, body, Assignment(rows, question, trees, caller.project))

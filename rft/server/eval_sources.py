@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rft.server.services import Services
 
 MAX_ROWS = 10_000
+_MAX_FILE_BYTES = 64_000_000
 _CODE = "invalid_data_source"
 _TAKEN = ("temperature", "top_p", "seed", "max_completion_tokens", "reasoning_effort", "response_format", "tools")
 _MESSAGES = TypeAdapter(list[JudgeMessage])
@@ -82,6 +83,8 @@ async def rows_of(services: Services, data_source: Mapping[str, Any], project: s
         if files is None:
             raise _refusal("this server keeps no files", "data_source.source.id")
         path = files.path(str(source.get("id")), project, param="data_source.source.id")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise _refusal(f"the file is larger than {_MAX_FILE_BYTES:,} bytes", "data_source.source.id")
         lines = await asyncio.to_thread(_read, path)
     if not lines or len(lines) > MAX_ROWS:
         raise _refusal(f"a run takes 1 to {MAX_ROWS:,} rows, not {len(lines):,}", "data_source.source")
@@ -89,7 +92,7 @@ async def rows_of(services: Services, data_source: Mapping[str, Any], project: s
 
 
 def _read(path: Path) -> list[Any]:
-    """One line too many at most, so that a large file is refused and not read."""
+    """One row too many at most."""
     found: list[Any] = []
     with path.open("rb") as file:
         for line in file:
@@ -104,6 +107,12 @@ def _row(line: Any, number: int) -> EvalRow:
     if not isinstance(item, dict) or not isinstance(sample, dict | None):
         raise _refusal(f"row {number} is not an object with `item` (and `sample`)", "data_source.source")
     return EvalRow(item, sample)
+
+
+def shown(data_source: Mapping[str, Any]) -> dict[str, Any]:
+    """As a run gives it back: the rows that it held are in the run's items, and not in every list of runs."""
+    source = data_source["source"]
+    return {**data_source, "source": {**source, "content": []} if "content" in source else source}
 
 
 def _refusal(problem: str, param: str) -> ApiError:
