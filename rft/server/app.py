@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 import rft
 from rft.errors import RftError, UserError
-from rft.server import alpha, eval_routes
+from rft.server import alpha, eval_routes, eval_run_routes
 from rft.server.errors import ApiError, of_user_error
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
@@ -25,7 +25,7 @@ from rft.server.settings import ServerConfig
 logger = logging.getLogger("rft.server")
 
 # Every router is served below /v1 and asks for a key.
-ROUTERS: tuple[APIRouter, ...] = (alpha.router, eval_routes.router)
+ROUTERS: tuple[APIRouter, ...] = (alpha.router, eval_routes.router, eval_run_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:

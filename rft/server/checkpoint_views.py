@@ -34,9 +34,10 @@ def checkpoint_objects(store: RunStore, job: dict[str, Any], organization: str |
     saved = {checkpoints.step_of(path): path for path in checkpoints.complete(store.checkpoints)}
     if not saved:
         return []
-    chosen = best_steps(store.metrics(), NUM_BEST, saved.keys()) | {max(saved)}
+    rows = list(store.metrics())
+    chosen = best_steps(rows, NUM_BEST, saved.keys()) | {max(saved)}
     model = job.get("fine_tuned_model") or tuned_name(job, organization or str(job.get("organization_id") or "rft"))
-    metrics = _metrics(store, job)
+    metrics = _metrics(store, job, rows, chosen)
     found = (_object(job, model, step, saved[step], metrics.get(step, {})) for step in sorted(chosen, reverse=True))
     return [checkpoint for checkpoint in found if checkpoint is not None]
 
@@ -63,15 +64,18 @@ def _object(job: dict[str, Any], model: str, step: int, path: Path, metrics: dic
     }
 
 
-def _metrics(store: RunStore, job: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """By step: the names that the SDK types (supervised), and those of reinforcement."""
+def _metrics(
+    store: RunStore, job: dict[str, Any], rows: list[dict[str, Any]], chosen: set[int]
+) -> dict[int, dict[str, Any]]:
+    """By step; `rows` are the run's."""
     if (job.get("method") or {}).get("type") == "supervised":
-        return {step: supervised_metrics(row) for step, row in warmup_rows(store).items()}
+        return {step: supervised_metrics(row) for step, row in warmup_rows(store).items() if step in chosen}
     total = total_steps(store.config())
-    return {step.number: _of_step(step, job, total) for step in steps_of(store)}
+    return {step.number: _of_step(step, job, total) for step in steps_of(rows) if step.number in chosen}
 
 
 def _of_step(step: Step, job: dict[str, Any], total: int) -> dict[str, Any]:
+    """The names that the SDK types, which are those of supervised jobs, and those of reinforcement."""
     data = step_data(step, job, total)
     return {
         "train_loss": step.training.get("update/loss"),

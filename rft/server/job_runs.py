@@ -144,7 +144,7 @@ def run_id_of(eval_id: str, step: int) -> str:
 
 
 def _evaluated(store: RunStore) -> list[Step]:
-    return [step for step in steps_of(store) if step.evaluation]
+    return [step for step in steps_of(store.metrics()) if step.evaluation]
 
 
 def _step(store: RunStore, job: Mapping[str, Any], run_id: str) -> Step | None:

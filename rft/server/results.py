@@ -31,7 +31,7 @@ def result_csv(store: RunStore, job: dict[str, Any]) -> str:
         rows = warmup_rows(store)
         return _text([{"step": step, **supervised_metrics(rows[step])} for step in sorted(rows)])
     config = store.config()
-    before = [step for step in steps_of(store) if step.number == 0 and step.evaluation]
+    before = [step for step in steps_of(store.metrics()) if step.number == 0 and step.evaluation]
     steps = [*before, *complete_steps(store)]
     tools = sorted(
         {name for step in steps for _, row, prefix in sides(step) for name in suffixes(row, f"{prefix}tool_num/")}

@@ -6,7 +6,7 @@ row of its CSV, and no event of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,10 @@ class Step:
     evaluation: Row = field(default_factory=dict)
 
 
-def steps_of(store: RunStore) -> list[Step]:
-    """Every step with a row, in order; of the validation split alone."""
+def steps_of(rows: Iterable[Row]) -> list[Step]:
+    """Every step with a row among those of a run's metrics, in order; of the validation split alone."""
     found: dict[int, Step] = {}
-    for row in store.metrics():
+    for row in rows:
         kind, number = row.get("kind"), row.get("step")
         if not isinstance(number, int):
             continue
@@ -43,7 +43,7 @@ def complete_steps(store: RunStore) -> list[Step]:
 
     Where an evaluation is due, its row has to be there, or the row of a later step: that one was never made.
     """
-    found = [step for step in steps_of(store) if step.training]
+    found = [step for step in steps_of(store.metrics()) if step.training]
     if not found:
         return []
     config, newest = store.config(), found[-1].number
