@@ -158,7 +158,7 @@ class HttpEnvironment:
             headers=headers,
             timeout_s=tool.timeout_s,
             retry=retry,
-            problem_of=partial(_problem_of, call_id),
+            problem_of=partial(problem_of, call_id),
             before_attempt=self._rates[tool.name],
         )
         if 300 <= reply.status < 400:
@@ -203,9 +203,9 @@ class HttpSession(Session):
             )
         body = json.dumps({**tool.extra, **self._request(call)}, ensure_ascii=False).encode("utf-8", errors="replace")
         if len(body) > MAX_BODY_BYTES:
-            return ToolResult(call_id=call.call_id, output=_too_large("request", call.name), is_error=True)
+            return ToolResult(call_id=call.call_id, output=too_large("request", call.name), is_error=True)
         reply = await self._environment.post(tool, call.call_id, body)
-        output, is_error = _read(reply, call.name)
+        output, is_error = read_reply(reply, call.name)
         return ToolResult(
             call_id=call.call_id,
             output=output,
@@ -234,7 +234,7 @@ def _tools_of(task_name: str) -> tuple[HttpToolConfig, ...]:
     return tuple(HttpToolConfig(name=name, server_url=f"/{name}") for name in names)
 
 
-def _too_large(what: str, name: str) -> str:
+def too_large(what: str, name: str) -> str:
     return f"413: the {what} of {name} is larger than {MAX_BODY_BYTES:,} bytes"
 
 
@@ -246,7 +246,7 @@ def _output_of(reply: Reply) -> str | None:
     return output.encode("utf-8", errors="replace").decode()  # half a surrogate pair could not be written anywhere
 
 
-def _problem_of(call_id: str, reply: Reply) -> str | None:
+def problem_of(call_id: str, reply: Reply) -> str | None:
     """Why a success is none: only a string `output` is an answer, and not one that says it belongs to another call."""
     if reply.is_too_large or not 200 <= reply.status < 300:
         return None
@@ -258,10 +258,10 @@ def _problem_of(call_id: str, reply: Reply) -> str | None:
     return None
 
 
-def _read(reply: Reply, name: str) -> tuple[str, bool]:
+def read_reply(reply: Reply, name: str) -> tuple[str, bool]:
     """What the model sees of a reply, and whether it is an error: 4xx payloads are shown as they came."""
     if reply.is_too_large:
-        return _too_large("answer", name), True
+        return too_large("answer", name), True
     is_error = reply.status >= 400
     output = _output_of(reply)
     if output is None:

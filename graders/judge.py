@@ -116,6 +116,11 @@ class Judge:
         self._http: Client | None = None
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether a server of ours answers, with a model that may be small."""
+        return self.place is not None and self.place.socket is not None
+
     async def ask(self, messages: list[dict[str, Any]], schema: dict[str, Any], params: SamplingParams) -> Verdict:
         """One judgement. Raises GraderError when the server fails or refuses the request."""
         body = self._body(messages, schema, params)
@@ -154,7 +159,7 @@ class Judge:
         given = params.model_dump(exclude_none=True)
         if "max_completions_tokens" in given:
             given["max_completion_tokens"] = given.pop("max_completions_tokens")
-        if self.place.socket is not None:
+        if self.is_own:
             given.pop("seed", None)  # a seeded request can end a vLLM server on a CPU (rft/engines/vllm.py)
             schema = _bounded(schema)
         form = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
@@ -203,6 +208,9 @@ class Judges:
                 cure=f"add judges: {{{name}: {{url: ...}}}} or {{{name}: {{path: ...}}}} to the config",
             )
         return self._judges[name]
+
+    def add(self, judge: Judge) -> None:
+        self._judges[judge.name] = judge
 
     def __iter__(self) -> Iterator[Judge]:
         return iter(self._judges.values())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from rft.breakdown import breakdown, num_reasoning_tokens
 from rft.types import Grade, Group, Rollout, StopReason
 
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
@@ -39,6 +40,7 @@ _MEASURES: dict[str, Callable[[Rollout], float | None]] = {
     "valid_call_share": lambda rollout: float(rollout.has_valid_call),
     "tool_calls": lambda rollout: len(rollout.tool_calls),
     "sampled_tokens": lambda rollout: rollout.num_sampled_tokens,
+    "reasoning_tokens": num_reasoning_tokens,
     "turns": lambda rollout: len(rollout.turns),
     "tool_latency_s": lambda rollout: sum(result.latency_s for turn in rollout.turns for result in turn.results),
     "duration_s": lambda rollout: rollout.duration_s,
@@ -48,7 +50,8 @@ _MEASURES: dict[str, Callable[[Rollout], float | None]] = {
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Every measure as `name` and `name_ci95`; of all rollouts that ended, discarded ones too, `stop/reason` shares.
 
-    Shadow grades are `shadow/name`, a multi grader's parts `part/key`, what grading took and met `grader/...`.
+    Shadow grades are `shadow/name`, a multi grader's parts `part/key`, what grading took and met `grader/...`. Numbers
+    per part, judge model and tool are those of rft/breakdown.py.
     """
     row: dict[str, float] = {}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -69,6 +72,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "num_rollouts": len(rollouts),
         "num_discarded": sum(group.num_discarded for group in groups),
         **_grader_metrics(grades),
+        **breakdown(groups),
         "forks": sum(turn.is_fork for rollout in rollouts for turn in rollout.turns),
     }
 

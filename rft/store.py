@@ -114,14 +114,14 @@ class RunStore:
     def _live_path(self) -> Path:
         return self.path / "live.json"
 
-    def _rollout_path(self, step: int) -> Path:
+    def rollout_path(self, step: int) -> Path:
         return self.rollout_folder / f"step_{step:06d}.jsonl"
 
     # --- writing ---
 
     def append_rollout(self, rollout: Rollout) -> None:
         """Append to the file of its step, and its place to the index beside it."""
-        path = self._rollout_path(rollout.step)
+        path = self.rollout_path(rollout.step)
         offset = self._append(path, json.dumps(rollout.model_dump()))
         self._append(path.with_suffix(".idx"), f"{rollout.id} {offset}")
 
@@ -161,7 +161,7 @@ class RunStore:
         """
         self.lock()
         self._files.close()
-        kept = [rollout for rollout in readable(self._rollout_path(step)) if is_usable(rollout)]
+        kept = [rollout for rollout in readable(self.rollout_path(step)) if is_usable(rollout)]
         with storing(self.path):
             for path in sorted(self.rollout_folder.glob("step_*.jsonl")):
                 if _step_of(path) > step:
@@ -186,7 +186,7 @@ class RunStore:
         self.lock()
         self._files.close()
         with storing(self.path):
-            sift(self._rollout_path(step), lambda rollout: rollout.id not in ids, self._superseded)
+            sift(self.rollout_path(step), lambda rollout: rollout.id not in ids, self._superseded)
 
     # --- reading ---
 
@@ -215,7 +215,7 @@ class RunStore:
 
     def rollouts(self, step: int | None = None, split: Split | None = None) -> Iterator[Rollout]:
         """By step, in the order written. One that was made again (a resumed run) comes once, as made last."""
-        paths = sorted(self.rollout_folder.glob("step_*.jsonl")) if step is None else [self._rollout_path(step)]
+        paths = sorted(self.rollout_folder.glob("step_*.jsonl")) if step is None else [self.rollout_path(step)]
         for path in paths:
             last = {row["id"]: row for row in rows(path) if split is None or row["split"] == split}
             yield from (_rollout(row, path) for row in last.values())

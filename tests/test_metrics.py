@@ -92,6 +92,28 @@ def test_graders_are_measured() -> None:
     )
 
 
+def test_parts_judges_and_tools_are_broken_down() -> None:
+    usage = {"a/b": TokenUsage(prompt_tokens=10, completion_tokens=2, cached_tokens=1)}
+    part = Grade(score=0.5, usage=usage, latency_s=0.2, errors={"model_grader_parse_error": "no JSON"})
+    good, bad = a_rollout(1.0), a_rollout(0.0, is_error=True)
+    good.grade = Grade(score=1.0, parts={"judge": part, "exact": Grade(score=1.0)})
+    search = {"type": "function", "function": {"name": "search", "parameters": {}}}
+    item = Item(id="x", row={}, messages=[Message(role="user", content="q")], tools=[search])
+    made_up = ToolCall(id="fc_2", call_id="call_2", name="nothing/such", arguments="{}")
+    bad.turns[0].message.tool_calls.append(made_up)
+    answer = Message(role="assistant", content="done")
+    bad.turns.append(bad.turns[0].model_copy(update={"message": answer, "input_ids": [7] * 4, "reasoning_tokens": 2}))
+    row = rollout_metrics([Group(item, 1, [good, bad])])
+    assert (row["part_num/judge"], row["part_latency_s/judge"], row["part_prompt_tokens/judge"]) == (1, 0.2, 10)
+    assert row["part_error/judge/model_grader_parse_error"] == 1 and "part_error/exact/x" not in row
+    assert (row["judge_num/a/b"], row["judge_completion_tokens/a/b"], row["judge_cached_tokens/a/b"]) == (1, 2, 1)
+    assert (row["tool_num/search"], row["tool_errors/search"], row["tool_latency_s/search"]) == (2, 1, 0.5)
+    assert row["unknown_tool_calls"] == 1 and not any("nothing" in key for key in row)
+    assert row["tool_answer_tokens"] == 4.0, "of the one answer that a later turn has in its prompt"
+    assert (row["num_graded"], row["num_sampled_tokens"], row["num_reasoning_tokens"]) == (2, 9, 2)
+    assert row["unresponsive_share"] == 0.5 and row["reasoning_tokens"] == 1.0
+
+
 def steps(grades: list[float], shadows: list[float], ci95: float = 0.02) -> list[dict[str, float]]:
     return [
         {"train/grade": grade, "train/grade_ci95": ci95, "train/shadow/code": shadow, "train/shadow/code_ci95": ci95}

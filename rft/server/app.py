@@ -18,6 +18,7 @@ import rft
 from rft.errors import RftError, UserError
 from rft.server import fine_tuning, permissions
 from rft.server import file_routes, upload_routes
+from rft.server import alpha, eval_routes, eval_run_routes
 from rft.server.errors import ApiError, of_user_error
 from rft.server.multipart import Drained
 from rft.server.requests import Limits, RequestIds
@@ -30,6 +31,7 @@ logger = logging.getLogger("rft.server")
 ROUTERS: tuple[APIRouter, ...] = (fine_tuning.router, permissions.router)
 # Codes that the bodies of requests give to their own errors.
 _FIELD_CODES = frozenset({"invalid_hyperparameter", "unsupported_method"})
+ROUTERS: tuple[APIRouter, ...] = (alpha.router, eval_routes.router, eval_run_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:

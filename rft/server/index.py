@@ -88,6 +88,11 @@ class Index:
         with self._writing() as database:
             return database.execute("DELETE FROM objects WHERE kind = ? AND id = ?", (kind, object_id)).rowcount > 0
 
+    def delete_children(self, kind: str, parent: str) -> None:
+        """All of a kind with that parent."""
+        with self._writing() as database:
+            database.execute("DELETE FROM objects WHERE kind = ? AND parent = ?", (kind, parent))
+
     def page(
         self,
         kind: str,
