@@ -177,26 +177,28 @@ def show(
 
 def main() -> None:
     """Run the CLI; every expected failure becomes one message and an exit code, never a traceback."""
+    ending = os.environ.pop("RFT_ENDING", None)
     _end_on_sigterm()
     signal.signal(signal.SIGUSR1, lambda *_: None)  # asks a run what it is doing (rft/watch.py); must never end one
     try:
         code = app(standalone_mode=False)  # typer returns the code of an exit, 130 for a Ctrl-C
     except RftError as error:
-        _fail(str(error), error.exit_code, type(error).__name__)
+        _tell_ending(ending, error)
+        _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         text = f"the disk is full: {error.filename or os.getcwd()}\n  cure: free space, then --resume"
-        _fail(text, 1, StorageError.__name__)
+        _tell_ending(ending, StorageError(text))
+        _fail(text, 1)
     except Exception as error:  # click's usage errors, which are not public through typer
         if not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message(), 2, UserError.__name__)
+        _fail(error.format_message(), 2)
     if code == _INTERRUPTED:
-        text = "interrupted; nothing written is lost: train and sample continue with --resume"
-        _fail(text, code, KeyboardInterrupt.__name__)
+        _fail("interrupted; nothing written is lost: train and sample continue with --resume", code)
     sys.exit(code or 0)
 
 
@@ -208,14 +210,15 @@ def _end_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
-def _fail(text: str, code: int, kind: str) -> NoReturn:
-    _tell_ending(text, code, kind)
+def _fail(text: str, code: int) -> NoReturn:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {text}", style="red", markup=False)
     sys.exit(code)
 
 
-def _tell_ending(text: str, code: int, kind: str) -> None:
-    """Write why the command ended where RFT_ENDING says: launchers between us and who started us lose exit codes."""
-    if (path := os.environ.get("RFT_ENDING")) is not None:
+def _tell_ending(path: str | None, error: RftError) -> None:
+    """Write the error where RFT_ENDING says: launchers between us and who started us lose exit codes."""
+    if path is not None:
+        where = error.where if isinstance(error, UserError) else ""
+        told = {"kind": type(error).__name__, "where": where, "error": str(error)}
         with contextlib.suppress(StorageError):  # then whoever started us sees an end without a reason
-            replace(Path(path), json.dumps({"code": code, "kind": kind, "error": text}).encode())
+            replace(Path(path), json.dumps(told).encode())

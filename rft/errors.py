@@ -88,6 +88,14 @@ class NoProgressError(WorldError):
     """The run cannot go on: too many rollouts were discarded for the same cause, or none gets any further."""
 
 
+class GraderFailuresError(NoProgressError):
+    """The same, and the cause is the grader."""
+
+
+class ToolsDownError(NoProgressError):
+    """The same, and the cause are the tools."""
+
+
 class Paused(Exception):
     """No failure: somebody asked the run to pause, and everything up to `step` is saved. Ends the run with code 0."""
 

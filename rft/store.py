@@ -159,9 +159,8 @@ class RunStore:
         """Let the run pause after the step it is in. From any process, without the lock; the run folder must exist."""
         replace(self._pause_path, b"")
 
-    def forget_pause(self) -> None:
-        """The run goes on: what asked it to pause is gone."""
-        self.lock()
+    def withdraw_pause(self) -> None:
+        """Ask no more. From any process, without the lock."""
         with storing(self.path):
             self._pause_path.unlink(missing_ok=True)
 
