@@ -176,6 +176,16 @@ def test_a_warmup_pauses_with_its_weights_and_then_does_it_again(tmp_path: Path)
     assert steps(store.path) == steps(whole)
 
 
+def test_the_command_asks_a_run_that_is_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rft.cli import pause
+
+    with RunStore.create(tmp_path, "r", {}) as store:
+        store.write_state({"status": "running", "step": 1, "steps": 3})
+        pause(store.path)
+        assert store.is_pause_asked
+    assert "r pauses after the step it is in" in capsys.readouterr().out
+
+
 def test_a_folder_of_runs_is_refused(tmp_path: Path) -> None:
     from rft.cli import pause
 

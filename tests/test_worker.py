@@ -396,6 +396,12 @@ def test_secrets_of_the_config_are_blackened(tmp_path: Path) -> None:
     assert blackened(text, tmp_path / "gone.yaml") == text
 
 
+def test_the_worker_imports_nothing_that_a_run_needs() -> None:
+    code = "import sys, rft.server.worker; print({'torch', 'transformers', 'vllm', 'accelerate'} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "set()"
+
+
 @in_loop
 async def test_following_costs_little_when_nothing_happens(tmp_path: Path) -> None:
     async with workplace(tmp_path / "data", max_running=1) as place:

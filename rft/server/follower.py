@@ -81,6 +81,8 @@ class Follower:
 
     def _tell(self, numbers: _Numbers) -> None:
         jobs = self._parts.jobs
+        is_running = jobs.get(self._job_id)["status"] == "running"
+        finish = int(time.time() + numbers.left_s) if is_running and numbers.left_s is not None else None
         with jobs.index.transaction():
             for message, data in numbers.events:
                 jobs.add_event(self._job_id, message, kind="metrics", data=finite(data))
@@ -89,7 +91,7 @@ class Follower:
                 self._job_id,
                 usage_metrics=finite(numbers.usage),
                 trained_tokens=numbers.trained_tokens,
-                estimated_finish=None if numbers.left_s is None else int(time.time() + numbers.left_s),
+                estimated_finish=finish,
             )
 
     def _name_checkpoints(self) -> None:

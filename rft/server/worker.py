@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 from rft.errors import StorageError
 from rft.server import conclusion
@@ -55,7 +56,7 @@ class Worker:
             if job_id in self._tasks or self._settle(job_id) or len(self._tasks) >= self._config.max_running:
                 continue
             self._tasks[job_id] = asyncio.create_task(self._work(job_id), name=f"job {job_id}")
-            self._tasks[job_id].add_done_callback(lambda _, job_id=job_id: self._leave(job_id))
+            self._tasks[job_id].add_done_callback(partial(self._leave, job_id))
 
     def ask(self, job_id: str, what: Ask) -> None:
         """Pause or cancel a job: at once when it does not run, else when its process has ended. Idempotent.
@@ -81,8 +82,11 @@ class Worker:
         for job in self._parts.jobs.with_status("running"):
             self._parts.jobs.update(job["id"], status="queued")
 
-    def _leave(self, job_id: str) -> None:
+    def _leave(self, job_id: str, task: asyncio.Task[None]) -> None:
         del self._tasks[job_id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("job %s is left to the next start of the server: %s", job_id, error)
+            return
         self.wake()
 
     def _settle(self, job_id: str) -> bool:
@@ -92,7 +96,8 @@ class Worker:
             conclusion.cancel(self._parts, job_id)
         elif ask == "pause" and status == "queued":
             conclusion.pause(self._parts, job_id)
-        return self._parts.jobs.get(job_id)["status"] != "queued"
+        is_queued: bool = self._parts.jobs.get(job_id)["status"] == "queued"
+        return not is_queued
 
     async def _tell_again(self, job_id: str) -> None:
         """The events and names of a job whose index was lost."""
