@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from rft.errors import NoProgressError
+from rft.errors import ToolsDownError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Outages:
         self.on_change: Callable[[str], None] = logger.warning
         self._limit_s = limit_s
         self._down: dict[str, asyncio.Task[None]] = {}  # endpoint -> who looks after it
-        self._failure: NoProgressError | None = None
+        self._failure: ToolsDownError | None = None
         self._changed = asyncio.Condition()
         self._timers: dict[asyncio.Timeout, float] = {}  # a rollout's time limit -> seconds left when it was stopped
 
@@ -36,7 +36,7 @@ class Outages:
         return list(self._down)
 
     async def none(self) -> None:
-        """Wait until nothing is down. Raises NoProgressError when something stays down too long."""
+        """Wait until nothing is down. Raises ToolsDownError when something stays down too long."""
         await self._wait(lambda: not self._down)
 
     async def over(self, place: str) -> None:
@@ -84,7 +84,7 @@ class Outages:
                 if not problem:
                     self.on_change(f"{place} is back after {time.monotonic() - started:.0f} s: sampling goes on")
                     return
-            self._failure = NoProgressError(
+            self._failure = ToolsDownError(
                 f"{place} was down for {self._limit_s:.0f} s: {problem}",
                 cure="start it, then continue with --resume; or raise environment.outage_limit_s",
             )

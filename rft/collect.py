@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from dataclasses import dataclass, field
 
 from rft.budget import StepBudget
-from rft.errors import NoProgressError, first_cause
+from rft.errors import GraderFailuresError, NoProgressError, ToolsDownError, first_cause
 from rft.reuse import StoredRollouts
 from rft.rollout import Attempt, Workshop, run_rollout
 from rft.slots import Slots
@@ -24,6 +24,10 @@ from rft.types import Group, Item, Rollout, Split, StopReason, rollout_id, rollo
 _MIN_COUNTED = 8  # below this many a share says nothing
 _NUM_EXAMPLES = 3
 _GC_THRESHOLDS = (50_000, 20, 100)
+_CAUSES: dict[StopReason, type[NoProgressError]] = {
+    StopReason.TOOL_FAILED: ToolsDownError,
+    StopReason.GRADER_FAILED: GraderFailuresError,
+}
 ATTEMPTS_PER_ROUND = 1_000_000  # so that attempts of different rounds have different numbers
 ATTEMPTS_PER_REFILL = 1_000 * ATTEMPTS_PER_ROUND  # and those of a group that is sampled anew
 
@@ -46,7 +50,7 @@ class _Tally:
     def discard(self, rollout: Rollout) -> None:
         self.num_discarded += 1
         if self.num_discarded > max(self.max_discarded, _MIN_COUNTED):
-            raise NoProgressError(
+            raise _CAUSES.get(rollout.stop_reason, NoProgressError)(
                 f"{self.num_discarded} rollouts of step {rollout.step} were discarded; "
                 f"the last ended with {rollout.stop_reason}: {rollout.error}",
                 cure="repair what failed, then continue with --resume",
@@ -56,7 +60,7 @@ class _Tally:
         self.failures.append(failure)
         if len(self.failures) > max(self.max_failed, _MIN_COUNTED):
             examples = list(dict.fromkeys(self.failures))[:_NUM_EXAMPLES]
-            raise NoProgressError(
+            raise GraderFailuresError(
                 f"the grader failed on {len(self.failures)} rollouts of step {rollout.step}, for example:\n"
                 + "\n---\n".join(examples),
                 cure="repair the grader (`rft grade run` tries it on one answer), then continue with --resume;"

@@ -94,6 +94,22 @@ class NoProgressError(WorldError):
     """The run cannot go on: too many rollouts were discarded for the same cause, or none gets any further."""
 
 
+class GraderFailuresError(NoProgressError):
+    """The same, and the cause is the grader."""
+
+
+class ToolsDownError(NoProgressError):
+    """The same, and the cause are the tools."""
+
+
+class Paused(Exception):
+    """No failure: somebody asked the run to pause, and everything up to `step` is saved. Ends the run with code 0."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"paused after step {step}" if step else "paused before its first step")
+
+
 def first_cause(failures: BaseExceptionGroup) -> BaseException:
     """The first failure inside nested exception groups: its siblings were cancelled because of it."""
     failure: BaseException = failures

@@ -1,8 +1,8 @@
 """One job: check everything cheap first, start what it needs, work, report; whatever was started is stopped.
 
 `run_job` trains, `run_sampling` only fills a run folder with rollouts, and a training may replay those of another run
-instead of sampling. States in state.json: starting -> running -> succeeded | failed | cancelled. A job that did not
-succeed can be continued with `resume`: it goes on after its last complete step.
+instead of sampling. States in state.json: starting -> running -> succeeded | failed | cancelled | paused. A job that
+did not succeed can be continued with `resume`: it goes on after its last complete step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from rft.assembly import Parts, build_parts, load_policy, start_parts, start_with_policy
 from rft.chat import Chat
+from rft.checkpoints import name_of, supersede_after
 from rft.collect import Collector
 from rft.config import RunConfig
 from rft.engines import sync_kind
-from rft.errors import ConfigError, RftError, UserError
+from rft.errors import ConfigError, Paused, RftError, UserError
 from rft.lesson import load_lesson
 from rft.metrics import group_metrics, rollout_metrics, sampling_line
 from rft.pipeline import Pipeline
@@ -113,10 +114,11 @@ def run_sampling(config: RunConfig, *, run_id: str | None = None, resume: bool =
     return _run(config, lambda: open_store(config, run_id, resume), _sample_only, lambda job: job.store.mark_done())
 
 
-def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
+def run_warmup(config: RunConfig, *, run_id: str | None = None, resume: bool = False) -> Path:
     """Train on the demonstrations that `config.warmup` names; the run folder, `<name>-warmup-001` and on by default.
 
-    It cannot be continued: a warm-up that was interrupted starts anew. Raises RftError with one clear message.
+    resume: one that was interrupted or paused starts anew in its folder and arrives at the same weights. Raises
+    RftError with one clear message.
     """
     if config.warmup is None:
         raise ConfigError("the config has no warm-up", where="warmup", cure=_WARMUP_CURE)
@@ -131,8 +133,9 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
 
     check_machine()
     with Display() as display:
-        store = open_store(config.model_copy(update={"name": f"{config.name}-warmup"}), run_id, resume=False)
+        store = open_store(config.model_copy(update={"name": f"{config.name}-warmup"}), run_id, resume)
         display.line(f"run folder: {store.path}")
+<<<<<<< HEAD
         with store, _recorded(store):
             for text in lesson.notes:
                 store.append_event("info", text)
@@ -145,6 +148,25 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None) -> Path:
             trackers = tracked(config.trackers, store, config.model_dump(mode="json"), first_step=1)
             with trackers, display.phase("warm-up", steps) as phase:
                 warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
+=======
+        try:
+            with store, _recorded(store):
+                store.rewind(0)
+                supersede_after(store.checkpoints / name_of(0))
+                for text in lesson.notes:
+                    store.append_event("info", text)
+                    display.line(text)
+                with display.phase("loading the model"):
+                    policy = load_policy(config)
+                    if config.model.init_from is not None:
+                        checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
+                steps = num_steps(lesson, config.warmup)
+                with display.phase("warm-up", steps) as phase:
+                    warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
+        except Paused as pause:
+            display.line(str(pause))
+            return store.path
+>>>>>>> srv-worker
         with store:
             store.mark_done()
     return store.path
@@ -169,11 +191,15 @@ def _run(
         display.line(f"run folder: {store.path}")
         watchdog = Watchdog(loop := asyncio.Runner(), store, lambda: display.label)
         job = _Job(config, store, display, items, chat, watchdog, AsyncExitStack())
-        with store, _recorded(store), loop, watchdog:
-            try:
-                work(job)
-            finally:
-                loop.run(_wind_down(job.stack))
+        try:
+            with store, _recorded(store), loop, watchdog:
+                try:
+                    work(job)
+                finally:
+                    loop.run(_wind_down(job.stack))
+        except Paused as pause:
+            display.line(f"{pause}; --resume continues it")
+            return store.path
         with store:
             finish(job)
     return store.path
@@ -197,6 +223,9 @@ def _recorded(store: RunStore) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _end(store, "cancelled", "interrupted")
+        raise
+    except Paused:
+        _end(store, "paused", "")
         raise
     except RftError as error:
         _end(store, "failed", str(error))
@@ -226,7 +255,11 @@ def _sample_and_train(job: _Job) -> None:
     sync = Sync(_sync_kind(config, policy), store.weights, config.model.path, config.model.dtype)
     pipeline = Pipeline(_sampling(job, parts))
     leader = SamplingLeader(config, store, job.display, pipeline, parts.engine, sync, job.chat.first_prompt)
-    _train(job, policy, leader)
+    try:
+        _train(job, policy, leader)
+    except Paused:
+        sync.clear()  # the checkpoint has what is needed to go on
+        raise
     sync.clear()
 
 
@@ -256,6 +289,8 @@ def _sample_only(job: _Job) -> None:
     done = max((row["step"] for row in job.store.metrics() if row.get("kind") == "sampling"), default=0)
     _rewind(job, done, None)
     for step in range(done + 1, last + 1):
+        if job.store.is_pause_asked:
+            raise Paused(step - 1)
         groups = sampling.groups(step)
         row: dict[str, Any] = {"step": step, "kind": "sampling", **group_metrics(groups)}
         row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}

@@ -76,6 +76,8 @@ def open_store(config: RunConfig, run_id: str | None, resume: bool, checkpoint: 
     store = RunStore.open(path)
     _check_same(_stored_config(store), config.model_dump(mode="json"))
     _check_checkpoints(config, store, checkpoint)
+    store.lock()
+    store.withdraw_pause()
     return store
 
 

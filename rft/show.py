@@ -144,6 +144,8 @@ def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     lines = [f"{known['run_id']}: {known['status']}{writer}{progress}"]
     if known["status"] == "killed":
         lines.append("its process is gone: continue with `rft train CONFIG --resume`")
+    if known["status"] == "paused":
+        lines.append("continue with `rft train CONFIG --resume`")
     if state.get("error"):
         lines.append("  " + _indented(str(state["error"])))
     return _text("\n".join(lines), style="bold")
@@ -222,7 +224,9 @@ def live_view(store: RunStore) -> Text:
     step = store.read_state().get("step")
     lines = [f"{store.run_id}: {found}" + (f", step {step} done" if step is not None else "")]
     live = _read(store)
-    if found not in (*_UNFINISHED, "killed"):
+    if found == "paused":
+        lines.append("its process has ended: `rft train CONFIG --resume` continues it")
+    elif found not in (*_UNFINISHED, "killed"):
         lines.append("it is over: `rft show` without --live says how it went")
     elif live is None:
         lines.append("nothing was sampled yet")

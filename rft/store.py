@@ -103,6 +103,14 @@ class RunStore:
         return (self.path / "DONE").exists()
 
     @property
+    def is_pause_asked(self) -> bool:
+        return self._pause_path.exists()
+
+    @property
+    def _pause_path(self) -> Path:
+        return self.path / "PAUSE"
+
+    @property
     def _config_path(self) -> Path:
         return self.path / "config.json"
 
@@ -149,6 +157,15 @@ class RunStore:
     def mark_done(self) -> None:
         """The last thing a run writes."""
         self._write_json(self.path / "DONE", {"time": time.time()})
+
+    def ask_to_pause(self) -> None:
+        """Let the run pause after the step it is in. From any process, without the lock; the run folder must exist."""
+        replace(self._pause_path, b"")
+
+    def withdraw_pause(self) -> None:
+        """Ask no more. From any process, without the lock."""
+        with storing(self.path):
+            self._pause_path.unlink(missing_ok=True)
 
     def write_report(self, name: str, data: bytes) -> Path:
         """Replace a report file. Reports derive from the rest, so this needs no lock."""

@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import Literal
 
-_GRACE_S = 8.0  # vLLM needs about two seconds to remove its shared memory and end its workers
+GRACE_S = 8.0  # vLLM needs about two seconds to remove its shared memory and end its workers
 _POLL_S = 0.02
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def supervised(
-    command: list[str], scratch: Path, lifeline: Literal["stdin", "parent"] = "stdin", grace_s: float = _GRACE_S
+    command: list[str], scratch: Path, lifeline: Literal["stdin", "parent"] = "stdin", grace_s: float = GRACE_S
 ) -> list[str]:
     """The command line that runs `command` under supervision; it has `grace_s` seconds for each of two signals.
 

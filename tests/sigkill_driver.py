@@ -1,9 +1,10 @@
 """Runs rft's command line in forked processes, each of which kills itself at a named point of the real code.
 
-Reads cases from stdin, one JSON object a line: {"point": name or null, "count": n, "args": [...], "log": path}; answers
-each with its wait status as a number on a line. Everything heavy is imported once, before the first fork; nothing has
-computed by then, so that no thread is lost in a fork. A child is the real thing but for the wrapped function, and dies
-with this process.
+Reads cases from stdin, one JSON object a line: {"point": name or null, "count": n, "pause": run folder or null,
+"args": [...], "log": path}; answers each with its wait status as a number on a line. With `pause` the run is asked to
+pause at the point, by the file that any process may write, and goes on. Everything heavy is imported once, before the
+first fork; nothing has computed by then, so that no thread is lost in a fork. A child is the real thing but for the
+wrapped function, and dies with this process.
 """
 
 from __future__ import annotations
@@ -112,9 +113,21 @@ POINTS: dict[str, Point] = {
 }
 
 
-def arm(point: str, count: int) -> None:
-    """Let the `count`-th call at a point, from 1, be its last."""
+def asking(run: Path) -> Callable[..., Any]:
+    """What asks for a pause and then does what was to be done, awaitable or not."""
+
+    def ask(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        store.RunStore(run).ask_to_pause()
+        return function(*args, **options)
+
+    return ask
+
+
+def arm(point: str, count: int, pause: str | None) -> None:
+    """Let the `count`-th call at a point, from 1, be its last, or the one in which a pause is asked for."""
     place, name, ending = POINTS[point]
+    if pause is not None:
+        ending = asking(Path(pause))
     function, calls = getattr(place, name), 0
 
     @functools.wraps(function)
@@ -133,7 +146,7 @@ def child(case: dict[str, Any]) -> None:
         os.dup2(log, stream)
     torch.set_num_threads(1)
     if case["point"] is not None:
-        arm(case["point"], case["count"])
+        arm(case["point"], case["count"], case["pause"])
     sys.argv = ["rft", *case["args"]]
     rft.cli.main()
 

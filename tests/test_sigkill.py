@@ -67,13 +67,17 @@ class Driver:
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, folder: Path, *args: str, point: str | None = None, count: int = 1) -> str:
-        """Run `rft train` in `folder` to its end, or to the `count`-th call at a point; what it said."""
+    def run(self, folder: Path, *args: str, point: str | None = None, count: int = 1, is_pause: bool = False) -> str:
+        """Run `rft train` in `folder` to its end, or to the `count`-th call at a point; what it said.
+
+        is_pause: it is not killed there but asked to pause.
+        """
         log = folder / "log"
         log.unlink(missing_ok=True)
         command = ["train", str(folder / "run.yaml"), "--run-id", "run", *args]
-        status = self._ask({"point": point, "count": count, "args": command, "log": str(log)})
-        ending = -signal.SIGKILL if point is not None else 0
+        pause = str(folder / "runs" / "run") if is_pause else None
+        status = self._ask({"point": point, "count": count, "pause": pause, "args": command, "log": str(log)})
+        ending = -signal.SIGKILL if point is not None and not is_pause else 0
         assert os.waitstatus_to_exitcode(status) == ending, log.read_text()
         return log.read_text()
 

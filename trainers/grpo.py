@@ -15,9 +15,9 @@ from functools import partial
 
 import torch
 
-from rft.checkpoints import complete, step_of
+from rft.checkpoints import MANIFEST, complete, name_of, step_of
 from rft.config import RunConfig
-from rft.errors import NumericsError
+from rft.errors import NumericsError, Paused
 from rft.metrics import Clock, best_steps
 from rft.shaping import shaped_scores
 from rft.trainers import checkpoint
@@ -39,12 +39,15 @@ def train(config: RunConfig, policy: Policy, leader: Leader, first_step: int) ->
     """Run steps `first_step` to `training.steps`, then the test split.
 
     Step s samples with policy version s-1 and makes version s. Raises NumericsError, SyncError, EngineError,
-    MemoryLimitError or NoProgressError; the run folder then holds everything up to the last completed step.
+    MemoryLimitError or NoProgressError; the run folder then holds everything up to the last completed step. Raises
+    Paused between two steps when that was asked for.
     """
+    _pause_if_asked(config, policy, leader, first_step - 1)
     leader.begin(policy, first_step)
     _prune(config, leader)  # a run that ended between saving and here left one too many
     skips: list[StepStats] = []
     for step in _steps(config, leader, first_step):
+        _pause_if_asked(config, policy, leader, step - 1)
         clock = Clock()
         groups = leader.groups(step)
         clock.lap("sampling")
@@ -139,6 +142,17 @@ def _save_and_evaluate(config: RunConfig, policy: Policy, leader: Leader, step: 
     if is_evaluated:
         leader.evaluate("validation", step)
     _prune(config, leader)
+
+
+def _pause_if_asked(config: RunConfig, policy: Policy, leader: Leader, step: int) -> None:
+    """Raises Paused, after saving what `step` made where no checkpoint was due."""
+    store = leader.store
+    if not store.is_pause_asked:
+        return
+    if step and not (store.checkpoints / name_of(step) / MANIFEST).is_file():
+        leader.beside(lambda: checkpoint.save(store.checkpoints, step, policy, {}))
+        _prune(config, leader)
+    raise Paused(step)
 
 
 def _prune(config: RunConfig, leader: Leader) -> None:

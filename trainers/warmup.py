@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from rft.config import RunConfig, WarmupConfig
 from rft.demonstrations import Demonstration
-from rft.errors import NumericsError, UserError
+from rft.errors import NumericsError, Paused, UserError
 from rft.lesson import Lesson
 from rft.progress import Display, Phase
 from rft.store import RunStore
@@ -58,7 +58,8 @@ def warm_up(
 ) -> None:
     """Train `policy` on the lesson; the checkpoint that is left is of the best epoch, or of the end.
 
-    Raises NumericsError, before anything is saved, when a loss or gradient is not finite.
+    Raises NumericsError, before anything is saved, when a loss or gradient is not finite, and Paused after saving when
+    that was asked for.
     """
     warmup = config.warmup
     assert warmup is not None, "the caller has looked"
@@ -169,6 +170,9 @@ class Keeper(TrainerCallback):
             self.phase.advance()
         if "held_out/loss" in values or step % max(1, self.num_steps // _NUM_LINES) == 0 or step == 1:
             self.display.line(_line(step, self.num_steps, values))
+        if "update/loss" in values and step < self.num_steps and self.store.is_pause_asked:
+            self.save(step)
+            raise Paused(step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Keep the epoch when it is the best so far."""

@@ -11,9 +11,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from rft.supervise import supervised
+from rft.supervise import GRACE_S, supervised
 
-_CLOSE_TIMEOUT_S = 20.0  # the supervisor itself gives the command twice 8 s
+_CLOSE_MARGIN_S = 4.0  # on top of what the supervisor gives the command, twice
 _TAIL_BYTES = 65536
 _MAX_SOCKET_PATH = 90  # bytes; the system's limit is 107
 
@@ -21,8 +21,15 @@ _MAX_SOCKET_PATH = 90  # bytes; the system's limit is 107
 class ServerProcess:
     """One running command. `scratch` is a private folder for its sockets and temporary files, removed at its end."""
 
-    def __init__(self, process: asyncio.subprocess.Process, scratch: Path, log_path: Path, log_offset: int = 0) -> None:
-        self._process, self.scratch, self.log_path = process, scratch, log_path
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        scratch: Path,
+        log_path: Path,
+        log_offset: int = 0,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self._process, self.scratch, self.log_path, self._grace_s = process, scratch, log_path, grace_s
         self._log_offset = log_offset  # where this process's part of the log begins
 
     @property
@@ -49,7 +56,7 @@ class ServerProcess:
         """End the process and all it started; returns when they are gone."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        if not await self.has_ended(_CLOSE_TIMEOUT_S):
+        if not await self.has_ended(2 * self._grace_s + _CLOSE_MARGIN_S):
             self._process.kill()
             await self._process.wait()
 
@@ -63,17 +70,22 @@ def make_scratch() -> Path:
     return Path(scratch)
 
 
-async def launch(command: list[str], env: dict[str, str], scratch: Path, log_path: Path) -> ServerProcess:
-    """Start `command` with `env` on top of our environment, its output appended to `log_path`."""
+async def launch(
+    command: list[str], env: dict[str, str], scratch: Path, log_path: Path, grace_s: float = GRACE_S
+) -> ServerProcess:
+    """Start `command` with `env` on top of our environment, its output appended to `log_path`.
+
+    grace_s: what it may take to end after SIGTERM.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         log_offset = log.tell()
         process = await asyncio.create_subprocess_exec(
-            *supervised(command, scratch),
+            *supervised(command, scratch, grace_s=grace_s),
             stdin=asyncio.subprocess.PIPE,
             stdout=log,
             stderr=log,
             env=os.environ | {"TMPDIR": str(scratch)} | env,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the server's
         )
-    return ServerProcess(process, scratch, log_path, log_offset)
+    return ServerProcess(process, scratch, log_path, log_offset, grace_s)

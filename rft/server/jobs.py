@@ -122,5 +122,6 @@ class Jobs:
     def _write(self, job: dict[str, Any], project: str) -> None:
         """The folder first: what the index knows can be found."""
         text = json.dumps({"project": project, "job": job}, indent=2, allow_nan=False)
+        self.folder(job["id"]).mkdir(mode=0o700, exist_ok=True)  # somebody may have deleted it: the job must say so
         replace(self.folder(job["id"]) / _JOB_FILE, text.encode())
         self.index.put(JOB, job, project=project)
