@@ -109,10 +109,6 @@ class Chat:
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         for stop in self._stop_texts:
             text = text.removesuffix(stop)
-        return self.read(text, item, call_prefix)
-
-    def read(self, text: str, item: Item, call_prefix: str) -> Message:
-        """What `parse` makes of ids that spell `text`, their end of turn left out."""
         reasoning, closed, answer = text.rpartition("</think>")
         content, calls = parse_calls(answer, self.dialect, item, call_prefix) if item.tools else (answer, [])
         return Message(

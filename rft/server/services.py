@@ -17,6 +17,7 @@ from fastapi import Depends, Request
 
 from rft.errors import UserError
 from rft.server.index import Index
+from rft.server.inference import Inference
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
@@ -34,6 +35,7 @@ class Services:
     keys: Keys | None  # None: whoever reaches the server may use it
     jobs: Jobs
     models: Models
+    inference: Inference
 
     @classmethod
     @asynccontextmanager
@@ -42,12 +44,15 @@ class Services:
         async with AsyncExitStack() as stack:
             index = stack.enter_context(open_index(config.data_dir))
             jobs = Jobs(index, config.data_dir / "runs")
+            inference = Inference(config.inference, config.data_dir / "logs")
+            stack.push_async_callback(inference.close)
             yield cls(
                 config=config,
                 index=index,
                 keys=Keys(index) if has_auth else None,
                 jobs=jobs,
                 models=Models(config, index, jobs),
+                inference=inference,
             )
 
 
