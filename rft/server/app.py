@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 import rft
 from rft.errors import RftError, UserError
 from rft.server.errors import ApiError, of_user_error
+from rft.server.inference import response_routes
 from rft.server.inference import routes as inference_routes
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
@@ -25,7 +26,7 @@ from rft.server.settings import ServerConfig
 logger = logging.getLogger("rft.server")
 
 # Every router is served below /v1 and asks for a key.
-ROUTERS: tuple[APIRouter, ...] = (inference_routes.router,)
+ROUTERS: tuple[APIRouter, ...] = (inference_routes.router, response_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:

@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 from rft.errors import UserError
 from rft.server.index import Index
 from rft.server.inference import Inference
+from rft.server.inference.stored import StoredResponses
 from rft.server.jobs import Jobs
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
@@ -36,6 +37,7 @@ class Services:
     jobs: Jobs
     models: Models
     inference: Inference
+    responses: StoredResponses
 
     @classmethod
     @asynccontextmanager
@@ -53,6 +55,7 @@ class Services:
                 jobs=jobs,
                 models=Models(config, index, jobs),
                 inference=inference,
+                responses=StoredResponses(index, config.inference.keep_responses_days),
             )
 
 

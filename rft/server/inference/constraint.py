@@ -11,7 +11,7 @@ from rft.calls import Dialect
 from rft.server.errors import ApiError
 from rft.server.inference.request import LocalChat
 
-_MAX_WHITESPACE = 8  # in a row: small models never end a run of blanks
+_MAX_WHITESPACE = 1  # in a row: small models never end a run of blanks
 
 
 def constraint(chat: LocalChat, dialect: Dialect, *, is_generic: bool) -> dict[str, Any] | None:
