@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -86,16 +87,17 @@ async def cancel_response(response_id: str, services: ServicesDep, caller: Calle
 
 
 async def _events(
-    body: ResponseRequest, chunks: AsyncIterator[bytes], services: Services, caller: Caller
-) -> AsyncIterator[bytes]:
+    body: ResponseRequest, chunks: AsyncGenerator[bytes], services: Services, caller: Caller
+) -> AsyncGenerator[bytes]:
     """The events of a response; it is kept before its last one is sent."""
     making = ResponseEvents(body)
     for event in making.begin():
         yield event
     try:
-        async for chunk in sse.payloads(chunks):
-            for event in making.feed(chunk):
-                yield event
+        async with aclosing(chunks):
+            async for chunk in sse.payloads(chunks):
+                for event in making.feed(chunk):
+                    yield event
         last = list(making.end())
         _keep(body, making.response, services, caller)
     except (ApiError, ValueError) as error:  # ValueError: an upstream that streams something else

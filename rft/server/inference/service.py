@@ -6,7 +6,7 @@ A request is checked before its model is loaded. Closing what `chat` streams, or
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Inference:
         self.hosts = Hosts(config, logs)
         self._remotes = Remotes()
 
-    async def chat(self, target: Target, body: dict[str, Any]) -> dict[str, Any] | AsyncIterator[bytes]:
+    async def chat(self, target: Target, body: dict[str, Any]) -> dict[str, Any] | AsyncGenerator[bytes]:
         """The completion, or with `stream: true` its server-sent events. Raises ApiError, before any event."""
         if body.get("stream"):
             return await self.stream(target, body)
@@ -49,7 +49,7 @@ class Inference:
             raise _broken(target)
         return answer
 
-    async def stream(self, target: Target, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def stream(self, target: Target, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         """The answer's server-sent events as they come."""
         check(target, body)
         events = self._events(target, body)
@@ -69,7 +69,7 @@ class Inference:
         await self.hosts.close()
         await self._remotes.close()
 
-    async def _events(self, target: Target, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _events(self, target: Target, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         has_begun = False
         try:
             async with self._exchange(target, body) as response:

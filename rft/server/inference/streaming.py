@@ -162,7 +162,7 @@ class ResponseEvents:
         assert self._open is not None
         return self._part_place() | ({"logprobs": []} if self._open["type"] == "message" else {})
 
-    def _event(self, name: str, **fields: Any) -> bytes:
-        payload = {"type": name, "sequence_number": self._num_events, **fields}
+    def _event(self, kind: str, /, **fields: Any) -> bytes:
+        payload = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
-        return sse.event(payload, name)
+        return sse.event(payload, kind)

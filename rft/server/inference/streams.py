@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from rft.server.errors import ApiError
 
@@ -28,8 +30,20 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Answer]) -
         await asyncio.wait([task, gone])
 
 
-def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+class _EventStream(StreamingResponse):
+    """Closes its events, and so cancels the sampling, however it ends."""
+
+    def __init__(self, events: AsyncGenerator[bytes], **options: Any) -> None:
+        super().__init__(events, **options)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+def event_stream(events: AsyncGenerator[bytes]) -> StreamingResponse:
+    return _EventStream(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
 async def _gone(request: Request) -> None:
