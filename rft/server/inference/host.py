@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -65,10 +66,21 @@ def build_app(model: ChatModel) -> web.Application:
     app[_MODEL] = model
     app.router.add_get("/health", _health)
     app.router.add_post("/v1/chat/completions", _chat)
+    app.router.add_put("/adapters/{name}", _add_adapter)
+    app.router.add_post("/adapters/{name}/v1/chat/completions", _chat)
     return app
 
 
 async def _health(request: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
+
+
+async def _add_adapter(request: web.Request) -> web.Response:
+    body = await request.json()
+    try:
+        await request.app[_MODEL].add_adapter(request.match_info["name"], Path(body["path"]))
+    except RftError as error:
+        return web.json_response(_failure(error).body(), status=503)
     return web.json_response({"status": "ok"})
 
 
@@ -77,7 +89,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if isinstance(body, dict) and body.get("stream"):
             return await _streamed(request, body)
-        return web.json_response(await request.app[_MODEL].complete(body))
+        return web.json_response(await request.app[_MODEL].complete(body, request.match_info.get("name")))
     except ApiError as error:
         return web.json_response(error.body(), status=error.status)
     except RftError as error:
@@ -87,7 +99,7 @@ async def _chat(request: web.Request) -> web.StreamResponse:
 async def _streamed(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     """Errors before the first chunk are the caller's to answer, later ones end the stream."""
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
-    async with aclosing(request.app[_MODEL].stream(body)) as chunks:
+    async with aclosing(request.app[_MODEL].stream(body, request.match_info.get("name"))) as chunks:
         try:
             async for chunk in chunks:
                 if not response.prepared:

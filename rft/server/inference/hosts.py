@@ -14,11 +14,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import aiohttp
 
 from rft.engines.launch import ServerProcess, launch, make_scratch
+from rft.files import read_json
 from rft.server.errors import ApiError
 from rft.server.inference.model import HostConfig
 from rft.server.models import Target
@@ -29,6 +31,27 @@ _POLL_S = 0.1
 _TAIL_LINES = 5
 _START_SLACK_S = 60.0  # beyond the engine's own deadline: merging weights, ending what it started
 _GPU_SHARE = 0.9  # of all hosts together
+_MAX_LORA_RANK = 64  # of adapters beside their base; larger ones are merged
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a target is served: `checkpoint` merged into the host's weights, or `adapter` beside them."""
+
+    key: str  # targets of one key share a host
+    checkpoint: Path | None = None
+    adapter: Path | None = None
+    max_lora_rank: int | None = None  # of the adapters that the host takes
+
+    @property
+    def name(self) -> str:
+        """The adapter's, in URLs."""
+        return hashlib.sha256(str(self.adapter).encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> str:
+        """Where the target answers on its host."""
+        return "v1" if self.adapter is None else f"adapters/{self.name}/v1"
 
 
 @dataclass(slots=True)
@@ -40,6 +63,7 @@ class Host:
     process: ServerProcess | None = None
     http: aiohttp.ClientSession | None = None
     ready: asyncio.Task[None] | None = None
+    adapters: set[str] = field(default_factory=set)
     in_use: int = 0
     last_used_at: float = field(default_factory=time.monotonic)
     ending: asyncio.Task[None] | None = None
@@ -72,11 +96,13 @@ class Hosts:
         return [host.key for host in self._hosts.values()]
 
     @asynccontextmanager
-    async def held(self, target: Target) -> AsyncIterator[Host]:
+    async def held(self, target: Target) -> AsyncIterator[tuple[Host, Plan]]:
         """The target's host, ready, and kept until the block ends. Raises ApiError (503 when all stay busy)."""
-        host = await self._acquire(target)
+        plan = plan_of(target, self._config)
+        host = await self._acquire(plan, target)
         try:
-            yield host
+            await _load_adapter(host, plan)
+            yield host, plan
         finally:
             self._release(host)
 
@@ -89,12 +115,11 @@ class Hosts:
         self._is_closed = True
         await asyncio.gather(*(self._end(host) for host in list(self._hosts.values())))
 
-    async def _acquire(self, target: Target) -> Host:
-        key = _key(target)
+    async def _acquire(self, plan: Plan, target: Target) -> Host:
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
                 while True:
-                    host = await self._find(key, target)
+                    host = await self._find(plan, target)
                     if host is not None:
                         break
         except TimeoutError:
@@ -110,16 +135,16 @@ class Hosts:
             raise
         return host
 
-    async def _find(self, key: str, target: Target) -> Host | None:
+    async def _find(self, plan: Plan, target: Target) -> Host | None:
         """The host with one more user, made where there is room; None after something has changed."""
         if self._is_closed:
             raise ApiError("The server is shutting down.", status=503, code="server_error")
-        changed, host = self._changed, self._hosts.get(key)
+        changed, host = self._changed, self._hosts.get(plan.key)
         if host is not None and host.is_dead:
             await self._end(host)
             return None
         if host is None and len(self._hosts) < self._config.max_loaded:
-            host = self._start(key, target)
+            host = self._start(plan, target)
         if host is not None and host.ending is None:
             host.in_use += 1
             if host.timer is not None:
@@ -144,19 +169,18 @@ class Hosts:
             logger.info("unloading %s: no request for %g s", host.key, self._config.idle_stop_s)
             host.ending = asyncio.create_task(self._finish(host))
 
-    def _start(self, key: str, target: Target) -> Host:
-        scratch = make_scratch()
-        host = self._hosts[key] = Host(key, scratch / "h")
-        host.ready = asyncio.create_task(self._launch(host, target))
+    def _start(self, plan: Plan, target: Target) -> Host:
+        host = self._hosts[plan.key] = Host(plan.key, make_scratch() / "h")
+        host.ready = asyncio.create_task(self._launch(host, plan, target))
         return host
 
-    async def _launch(self, host: Host, target: Target) -> None:
+    async def _launch(self, host: Host, plan: Plan, target: Target) -> None:
         """Return when the host answers. Raises ApiError (500) quoting what it printed last."""
         started = time.monotonic()
         log = self._logs / hashlib.sha256(host.key.encode()).hexdigest()[:12]
         for path in (host_log := log.with_suffix(".host.log"), engine_log := log.with_suffix(".engine.log")):
             path.unlink(missing_ok=True)
-        config = _host_config(self._config, target, host.socket, engine_log)
+        config = _host_config(self._config, plan, target, host.socket, engine_log)
         command = [sys.executable, "-W", "ignore", "-m", "rft.server.inference.host", config.model_dump_json()]
         env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         host.process = await launch(command, env, host.socket.parent, host_log)
@@ -199,13 +223,46 @@ class Hosts:
         self._changed = asyncio.Event()
 
 
-def _key(target: Target) -> str:
-    """Names that stand for the same weights share a host."""
+def plan_of(target: Target, config: InferenceConfig) -> Plan:
+    """Names that stand for the same weights share a host; where adapters lie beside their base, all on one do.
+
+    Not measured on a GPU.
+    """
     base = target.local
-    return "|".join([str(base.path.resolve()), base.dtype, str(base.max_model_len), str(target.checkpoint or "")])
+    key = "|".join([str(base.path.resolve()), base.dtype, str(base.max_model_len)])
+    rank = _lora_rank(target.checkpoint) if target.checkpoint is not None else 0
+    can_be = config.engine == "vllm" and rank is not None and rank <= _MAX_LORA_RANK
+    if can_be and (config.adapters == "beside" or (config.adapters == "auto" and not _is_cpu())):
+        return Plan(key, adapter=target.checkpoint, max_lora_rank=_MAX_LORA_RANK)
+    return Plan(f"{key}|{target.checkpoint or ''}", checkpoint=target.checkpoint)
 
 
-def _host_config(config: InferenceConfig, target: Target, socket: Path, log_path: Path) -> HostConfig:
+@cache
+def _is_cpu() -> bool:
+    from rft.engines.vllm_server import is_cpu_build
+
+    return is_cpu_build()
+
+
+def _lora_rank(checkpoint: Path) -> int | None:
+    """None for a checkpoint of the whole model."""
+    file = checkpoint / "adapter_config.json"
+    return int(read_json(file)["r"]) if file.is_file() else None
+
+
+async def _load_adapter(host: Host, plan: Plan) -> None:
+    """Raises ApiError."""
+    if plan.adapter is None or plan.name in host.adapters:
+        return
+    assert host.http is not None
+    async with host.http.put(f"adapters/{plan.name}", json={"path": str(plan.adapter)}) as response:
+        if response.status != 200:
+            said = (await response.text())[:500]
+            raise ApiError(f"The tuned model could not be loaded: {said}", status=500, code="model_not_loaded")
+    host.adapters.add(plan.name)
+
+
+def _host_config(config: InferenceConfig, plan: Plan, target: Target, socket: Path, log_path: Path) -> HostConfig:
     base = target.local
     return HostConfig(
         engine=config.engine,
@@ -215,7 +272,8 @@ def _host_config(config: InferenceConfig, target: Target, socket: Path, log_path
         kv_cache_gib=base.kv_cache_gib,
         gpu_memory_share=_GPU_SHARE / config.max_loaded,
         start_timeout_s=config.start_timeout_s,
-        checkpoint=target.checkpoint,
+        checkpoint=plan.checkpoint,
+        max_lora_rank=plan.max_lora_rank,
         socket=socket,
         log_path=log_path,
     )

@@ -38,6 +38,7 @@ class HostConfig(BaseModel):
     gpu_memory_share: float = Field(0.45, gt=0, le=1)
     start_timeout_s: float
     checkpoint: Path | None = None
+    max_lora_rank: int | None = None  # of adapters beside the model
     socket: Path
     log_path: Path
 
@@ -48,13 +49,19 @@ class ChatModel:
     def __init__(self, chat: Chat, sampler: Sampler, max_model_len: int) -> None:
         self.sampler = sampler
         self._chat, self._max_model_len = chat, max_model_len
-        self._conversations = Conversations(chat)
+        self._conversations: dict[str | None, Conversations] = {None: Conversations(chat)}  # by adapter
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def add_adapter(self, name: str, path: Path) -> None:
+        """Raises EngineError."""
+        if name not in self._conversations:
+            await self.sampler.add_adapter(name, path)
+            self._conversations[name] = Conversations(self._chat)
+
+    async def complete(self, body: dict[str, Any], adapter: str | None = None) -> dict[str, Any]:
         """A chat completion. Raises ApiError, EngineError."""
         request = parse(body)
         item = request.item()
-        prompt = self._prompt(request, item)
+        prompt = self._prompt(request, item, adapter)
         choices = self._choices(request, item, prompt)
         num_cached = None
         async for delta in self.sampler.sample(prompt, request):
@@ -67,11 +74,11 @@ class ChatModel:
             "usage": self._usage(prompt, choices, num_cached),
         }
 
-    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    async def stream(self, body: dict[str, Any], adapter: str | None = None) -> AsyncGenerator[dict[str, Any]]:
         """The same as chunks. Raises ApiError before the first."""
         request = parse(body)
         item = request.item()
-        prompt = self._prompt(request, item)
+        prompt = self._prompt(request, item, adapter)
         choices = self._choices(request, item, prompt)
         head = _head(request, "chat.completion.chunk")
         if request.stream_options.include_usage:
@@ -96,9 +103,11 @@ class ChatModel:
         if request.stream_options.include_usage:
             yield head | {"choices": [], "usage": self._usage(prompt, choices, num_cached)}
 
-    def _prompt(self, request: LocalChat, item: Item) -> Prompt:
+    def _prompt(self, request: LocalChat, item: Item, adapter: str | None) -> Prompt:
         """Raises ApiError (400) when the context leaves no room for an answer."""
-        ids = self._conversations.prompt(item)
+        if adapter not in self._conversations:
+            raise ApiError(f"There is no adapter {adapter}.", status=404, code="model_not_found", param="model")
+        ids = self._conversations[adapter].prompt(item)
         room = self._max_model_len - len(ids)
         if room < 1:
             message = (
@@ -107,7 +116,7 @@ class ChatModel:
             )
             raise ApiError(message, code="context_length_exceeded", param="messages")
         form = constraint(request, self._chat.dialect, is_generic=not self._chat.knows_tools)
-        return Prompt(ids, min(request.limit or room, room), self._chat.stop_token_ids, form)
+        return Prompt(ids, min(request.limit or room, room), self._chat.stop_token_ids, form, adapter)
 
     def _choices(self, request: LocalChat, item: Item, prompt: Prompt) -> list[Choice]:
         end = str(self._chat.tokenizer.decode(prompt.ids[-8:], skip_special_tokens=False)).rstrip()
@@ -116,7 +125,7 @@ class ChatModel:
 
     def _remember(self, item: Item, prompt: Prompt, choices: list[Choice]) -> None:
         for choice in choices:
-            self._conversations.remember(item, choice.message, prompt.ids, choice.ids)
+            self._conversations[prompt.adapter].remember(item, choice.message, prompt.ids, choice.ids)
 
     def _usage(self, prompt: Prompt, choices: list[Choice], num_cached: int | None) -> dict[str, Any]:
         num_sampled = sum(len(choice.ids) for choice in choices)
@@ -148,7 +157,7 @@ async def loaded(config: HostConfig) -> ChatModel:
             start_timeout_s=config.start_timeout_s,
             args=["--enable-prompt-tokens-details"],
         )
-        sampler = VllmSampler(engine, model, config.log_path)
+        sampler = VllmSampler(engine, model, config.log_path, config.max_lora_rank)
     else:
         sampler = TransformersSampler(TransformersEngineConfig(max_model_len=config.max_model_len), model)
     chat = await asyncio.to_thread(Chat.from_folder, path)

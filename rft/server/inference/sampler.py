@@ -37,6 +37,7 @@ class Prompt:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     constraint: dict[str, Any] | None  # as vLLM's response_format
+    adapter: str | None = None  # the name of one that was added
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,10 @@ class Sampler(Protocol):
         """Deltas until all choices have ended; ended early when closed. Raises ApiError, EngineError."""
         ...
 
+    async def add_adapter(self, name: str, path: Path) -> None:
+        """Make a peft folder answer to `name` from now on."""
+        ...
+
     async def died(self) -> None:
         """Returns when it cannot sample any more."""
         ...
@@ -66,10 +71,13 @@ class Sampler(Protocol):
 
 
 class VllmSampler:
-    """A vLLM server on a Unix socket of its own."""
+    """A vLLM server on a Unix socket of its own. `max_lora_rank`: it takes adapters."""
 
-    def __init__(self, config: VllmEngineConfig, model: ModelConfig, log_path: Path) -> None:
+    def __init__(
+        self, config: VllmEngineConfig, model: ModelConfig, log_path: Path, max_lora_rank: int | None = None
+    ) -> None:
         self._config, self._model, self._log_path = config, model, log_path
+        self._max_lora_rank = max_lora_rank
         self._server: ServerProcess | None = None
         self._http: aiohttp.ClientSession | None = None
 
@@ -77,7 +85,7 @@ class VllmSampler:
         """Raises EngineError quoting the server's log."""
         from rft.engines.vllm_server import launch_server, wait_until_ready
 
-        self._server = await launch_server(self._config, self._model, self._log_path, None)
+        self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank)
         # a connection per request: closing it is how a request is cancelled
         connector = aiohttp.UnixConnector(str(self._server.scratch / "s"), limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
@@ -95,6 +103,19 @@ class VllmSampler:
                         yield delta
         except (aiohttp.ClientError, OSError) as error:
             raise EngineError(f"the vLLM server broke off ({type(error).__name__})", retryable=True) from None
+
+    async def add_adapter(self, name: str, path: Path) -> None:
+        """Raises EngineError."""
+        assert self._http is not None
+        try:
+            async with self._http.post(
+                "v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}
+            ) as response:
+                said = await response.text()
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineError(f"the vLLM server broke off ({type(error).__name__})", retryable=True) from None
+        if response.status != 200 and "already" not in said:
+            raise EngineError(f"the vLLM server refused the adapter {path}: {said[:300]}")
 
     async def died(self) -> None:
         assert self._server is not None
@@ -114,7 +135,7 @@ def _body(prompt: Prompt, chat: LocalChat) -> dict[str, Any]:
 
     body: dict[str, Any] = {
         **PLAIN_SAMPLING,
-        "model": MODEL_NAME,
+        "model": prompt.adapter or MODEL_NAME,
         "prompt": prompt.ids,
         "max_tokens": prompt.max_tokens,
         "stop_token_ids": list(prompt.stop_token_ids),
@@ -217,6 +238,9 @@ class TransformersSampler:
         ]
         finish = "stop" if places else done.finish_reason
         return Delta(index, cut, done.ids, finish, logprobs if chat.logprobs else [], num_cached=0)
+
+    async def add_adapter(self, name: str, path: Path) -> None:
+        raise EngineError("transformers has no adapters beside the model", cure="set inference.adapters=merged")
 
     async def died(self) -> None:
         await asyncio.Event().wait()  # it lives as long as this process

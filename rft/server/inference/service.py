@@ -23,7 +23,7 @@ from rft.server.models import Target
 from rft.server.settings import InferenceConfig, RemoteModel
 
 _MAX_ANSWER_BYTES = 64_000_000
-_MAX_ATTEMPTS = 2  # a host that was killed since its last request is found by the first
+_MAX_ATTEMPTS = 2  # a host that was killed is found out by the first
 
 
 class Inference:
@@ -62,8 +62,8 @@ class Inference:
         if isinstance(target.base, RemoteModel):
             yield Place(target.base.url, target.base.model or target.name)
             return
-        async with self.hosts.held(target) as host:
-            yield Place("http://host/v1", target.name, host.socket)
+        async with self.hosts.held(target) as (host, plan):
+            yield Place(f"http://host/{plan.path}", target.name, host.socket)
 
     async def close(self) -> None:
         await self.hosts.close()
@@ -98,8 +98,9 @@ class Inference:
     async def _asked(self, target: Target, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         """The successful answer of the target's host, which is held until the block ends. Raises ApiError."""
         for attempt in range(1, _MAX_ATTEMPTS + 1):
-            async with self.hosts.held(target) as host:
-                response = await self._post(target, host, body | {"model": target.name})
+            async with self.hosts.held(target) as (host, plan):
+                url = f"{plan.path}/chat/completions"
+                response = await self._post(target, host, url, body | {"model": target.name})
                 if response is not None:
                     async with response:
                         if response.status != 200:
@@ -110,19 +111,17 @@ class Inference:
                 await self.hosts.discard(host)
         raise _broken(target)
 
-    async def _post(self, target: Target, host: Host, body: dict[str, Any]) -> aiohttp.ClientResponse | None:
-        """None when nobody listens any more."""
+    async def _post(self, target: Target, host: Host, url: str, body: dict[str, Any]) -> aiohttp.ClientResponse | None:
+        """None when the host is gone, or went before it answered anything."""
         assert host.http is not None
         timeout = aiohttp.ClientTimeout(total=self._config.request_timeout_s)
         try:
-            return await host.http.post("v1/chat/completions", json=body, timeout=timeout)
-        except (aiohttp.ClientConnectorError, FileNotFoundError):
-            return None
+            return await host.http.post(url, json=body, timeout=timeout)
         except TimeoutError:
             message = f"The model {target.name} did not answer within {self._config.request_timeout_s:g} s."
             raise ApiError(message, status=503, code="request_timeout") from None
         except (aiohttp.ClientError, OSError):
-            raise _broken(target) from None
+            return None
 
 
 def check(target: Target, body: dict[str, Any]) -> None:
