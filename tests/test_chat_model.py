@@ -109,6 +109,22 @@ def test_the_context_is_a_limit() -> None:
     assert sampler.prompts[1].max_tokens == 7
 
 
+def test_what_a_template_cannot_write_is_the_clients_to_change() -> None:
+    model, sampler = a_model("x")
+    sampler.chat.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ApiError, match="roles must alternate") as caught:
+        asyncio.run(model.complete(a_body()))
+    assert caught.value.status == 400
+
+
+def test_tools_may_have_null_fields_and_odd_names() -> None:
+    model, sampler = a_model("x")
+    tool = {"type": "function", "function": {"name": 'a"b', "description": None, "parameters": None}}
+    asyncio.run(model.complete(a_body(tools=[tool], tool_choice="required")))
+    form = sampler.prompts[0].constraint
+    assert form is not None and '"a\\"b"' in form["format"]["tags"][0]["begin"]
+
+
 def test_without_tool_choice_the_tools_are_not_shown() -> None:
     model, sampler = a_model(CALL)
     answer = asyncio.run(model.complete(a_body(tools=[SEARCH], tool_choice="none")))

@@ -174,7 +174,7 @@ def test_a_tuned_model_answers_with_its_checkpoint(tmp_path: Path) -> None:
         tuned = a_target(tmp_path, checkpoint=an_adapter(base.local.path, tmp_path / "step_000001"))
         fields = {"max_tokens": 12, "logprobs": True}
         async with inferring(tmp_path) as inference:
-            plain, changed = (await answer(inference, target, **fields) for target in (base, tuned))  # type: ignore[misc]
+            plain, changed = [await answer(inference, target, **fields) for target in (base, tuned)]
         texts = [said["choices"][0]["logprobs"]["content"] for said in (plain, changed)]
         assert texts[0] != texts[1]
         assert [entry["token"] for entry in texts[1]] == greedy_tokens(base.local.path, tuned.checkpoint)

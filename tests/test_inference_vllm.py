@@ -228,7 +228,7 @@ def our_engines() -> list[Path]:
 
 
 def test_a_tuned_checkpoint_and_a_judge(tmp_path: Path) -> None:
-    """An adapter that makes the model say something else, merged or beside its base; the base judges over its socket."""
+    """An adapter that makes the model say something else, merged or beside its base; the base judges."""
     adapter = an_adapter(MODEL, tmp_path / "step_000001")
     base = LocalModel(path=MODEL, dtype="float32", kv_cache_gib=0.25)
     asked = {"messages": CAPITAL, "max_tokens": 6, "temperature": 0}

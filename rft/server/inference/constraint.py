@@ -5,6 +5,7 @@ Calls are forced in the spelling of training, so that what the model reads of it
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rft.calls import Dialect
@@ -54,7 +55,7 @@ def _calls(chat: LocalChat, names: list[str], dialect: Dialect, is_generic: bool
     tags = [
         {
             "type": "tag",
-            "begin": f'{opens}{{"name": "{tool["function"]["name"]}", "{key}": ',
+            "begin": f'{opens}{{"name": {json.dumps(tool["function"]["name"])}, "{key}": ',
             "content": _json(tool["function"].get("parameters") or {"type": "object"}),
             "end": f"}}{closes}",
         }

@@ -107,7 +107,11 @@ class ChatModel:
         """Raises ApiError (400) when the context leaves no room for an answer."""
         if adapter not in self._conversations:
             raise ApiError(f"There is no adapter {adapter}.", status=404, code="model_not_found", param="model")
-        ids = self._conversations[adapter].prompt(item)
+        try:
+            ids = self._conversations[adapter].prompt(item)
+        except Exception as error:  # whatever a template raises about an order or form it cannot write
+            message = f"This model's chat template cannot write this conversation: {str(error)[:300]}"
+            raise ApiError(message, code="invalid_value", param="messages") from None
         room = self._max_model_len - len(ids)
         if room < 1:
             message = (

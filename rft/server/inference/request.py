@@ -80,7 +80,7 @@ class LocalChat(BaseModel):
     def item(self) -> Item:
         """Messages and tools as training knows them; without tools where none may be called."""
         messages = [_message(value, f"messages[{index}]") for index, value in enumerate(self.messages)]
-        tools = [] if self.tool_choice == "none" else self.tools
+        tools = [] if self.tool_choice == "none" else [_without_nulls(tool) for tool in self.tools]
         return Item(id="chat", row={}, messages=messages, tools=tools, parallel_tool_calls=self.parallel_tool_calls)
 
 
@@ -149,6 +149,11 @@ def _check_format(chat: LocalChat) -> None:
     schema = form.get("json_schema")
     if kind == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise _invalid("response_format.json_schema", "must be an object with name and schema")
+
+
+def _without_nulls(tool: dict[str, Any]) -> dict[str, Any]:
+    function = {key: value for key, value in tool["function"].items() if value is not None}
+    return {"type": "function", "function": function}
 
 
 def _message(value: dict[str, Any], place: str) -> Message:

@@ -145,7 +145,7 @@ def _error(status: int, content: bytes) -> ApiError:
         error = json.loads(content)["error"]
         return ApiError(str(error["message"]), status=status, code=error["code"], param=error["param"])
     except (ValueError, LookupError, TypeError):
-        return ApiError("The model's process failed.", status=503, code="server_error")
+        return ApiError("The model's process failed; its log says why.", status=500, code="server_error")
 
 
 def _broken(target: Target) -> ApiError:
