@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import aiohttp
 
 from rft.engines.launch import ServerProcess, launch, make_scratch
-from rft.files import read_json
 from rft.server.errors import ApiError
 from rft.server.inference.model import HostConfig
+from rft.server.inference.plans import Plan, plan_of
 from rft.server.models import Target
 from rft.server.settings import InferenceConfig
 
@@ -31,27 +31,6 @@ _POLL_S = 0.1
 _TAIL_LINES = 5
 _START_SLACK_S = 60.0  # beyond the engine's own deadline: merging weights, ending what it started
 _GPU_SHARE = 0.9  # of all hosts together
-_MAX_LORA_RANK = 64  # of adapters beside their base; larger ones are merged
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a target is served: `checkpoint` merged into the host's weights, or `adapter` beside them."""
-
-    key: str  # targets of one key share a host
-    checkpoint: Path | None = None
-    adapter: Path | None = None
-    max_lora_rank: int | None = None  # of the adapters that the host takes
-
-    @property
-    def name(self) -> str:
-        """The adapter's, in URLs."""
-        return hashlib.sha256(str(self.adapter).encode()).hexdigest()[:16]
-
-    @property
-    def path(self) -> str:
-        """Where the target answers on its host."""
-        return "v1" if self.adapter is None else f"adapters/{self.name}/v1"
 
 
 @dataclass(slots=True)
@@ -215,6 +194,7 @@ class Hosts:
             await host.http.close()
         if host.process is not None:
             await host.process.close()
+        shutil.rmtree(host.socket.parent, ignore_errors=True)  # where no process came to do it
         self._hosts.pop(host.key, None)
         self._notify()
 
@@ -223,42 +203,18 @@ class Hosts:
         self._changed = asyncio.Event()
 
 
-def plan_of(target: Target, config: InferenceConfig) -> Plan:
-    """Names that stand for the same weights share a host; where adapters lie beside their base, all on one do.
-
-    Not measured on a GPU.
-    """
-    base = target.local
-    key = "|".join([str(base.path.resolve()), base.dtype, str(base.max_model_len)])
-    rank = _lora_rank(target.checkpoint) if target.checkpoint is not None else 0
-    can_be = config.engine == "vllm" and rank is not None and rank <= _MAX_LORA_RANK
-    if can_be and (config.adapters == "beside" or (config.adapters == "auto" and not _is_cpu())):
-        return Plan(key, adapter=target.checkpoint, max_lora_rank=_MAX_LORA_RANK)
-    return Plan(f"{key}|{target.checkpoint or ''}", checkpoint=target.checkpoint)
-
-
-@cache
-def _is_cpu() -> bool:
-    from rft.engines.vllm_server import is_cpu_build
-
-    return is_cpu_build()
-
-
-def _lora_rank(checkpoint: Path) -> int | None:
-    """None for a checkpoint of the whole model."""
-    file = checkpoint / "adapter_config.json"
-    return int(read_json(file)["r"]) if file.is_file() else None
-
-
 async def _load_adapter(host: Host, plan: Plan) -> None:
     """Raises ApiError."""
     if plan.adapter is None or plan.name in host.adapters:
         return
     assert host.http is not None
-    async with host.http.put(f"adapters/{plan.name}", json={"path": str(plan.adapter)}) as response:
-        if response.status != 200:
-            said = (await response.text())[:500]
-            raise ApiError(f"The tuned model could not be loaded: {said}", status=500, code="model_not_loaded")
+    try:
+        async with host.http.put(f"adapters/{plan.name}", json={"path": str(plan.adapter)}) as response:
+            status, said = response.status, (await response.text())[:500]
+    except (aiohttp.ClientError, OSError):
+        raise ApiError("The model's process ended. Send the request again.", status=503, code="server_error") from None
+    if status != 200:
+        raise ApiError(f"The tuned model could not be loaded: {said}", status=500, code="model_not_loaded")
     host.adapters.add(plan.name)
 
 

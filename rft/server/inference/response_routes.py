@@ -13,7 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from rft.server.errors import ApiError
 from rft.server.ids import new_id
 from rft.server.inference import sse
-from rft.server.inference.responses import ResponseRequest, chat_body, finished, output_items, response_body
+from rft.server.inference.response_objects import finished, output_items, response_body
+from rft.server.inference.response_request import ResponseRequest
+from rft.server.inference.responses import chat_body
 from rft.server.inference.service import check
 from rft.server.inference.streaming import ResponseEvents
 from rft.server.inference.streams import event_stream, while_connected

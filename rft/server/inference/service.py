@@ -127,7 +127,7 @@ class Inference:
 def check(target: Target, body: dict[str, Any]) -> None:
     """Raises ApiError (400) for what a local model cannot do; another server judges for itself."""
     if not isinstance(target.base, RemoteModel):
-        parse(body)
+        parse({**body, "model": target.name})
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:

@@ -9,14 +9,8 @@ from typing import Any
 from rft.server.errors import ApiError
 from rft.server.ids import new_id
 from rft.server.inference import sse
-from rft.server.inference.responses import (
-    ResponseRequest,
-    call_item,
-    finished,
-    message_item,
-    reasoning_item,
-    response_body,
-)
+from rft.server.inference.response_objects import call_item, finished, message_item, reasoning_item, response_body
+from rft.server.inference.response_request import ResponseRequest
 
 
 class ResponseEvents:
