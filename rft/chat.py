@@ -202,7 +202,7 @@ class Chat:
         return found
 
     def _opening_messages(self, item: Item) -> list[dict[str, Any]]:
-        messages = [message.as_chat() for message in item.messages]
+        messages = self._row_messages(item.messages)
         if item.tools and not self.knows_tools:
             rules = _GENERIC_RULES.format(tools="\n".join(_compact_spec(tool) for tool in item.tools))
             if messages[0]["role"] not in ("system", "developer"):
@@ -217,6 +217,20 @@ class Chat:
             return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
         return messages
 
+    def _row_messages(self, messages: list[Message]) -> list[dict[str, Any]]:
+        """A row's own messages; calls and results in its history look as they do in a rollout."""
+        chat: list[dict[str, Any]] = []
+        for index, message in enumerate(messages):
+            if not message.tool_calls and message.role != "tool":
+                chat.append(message.as_chat())
+            elif self.knows_tools:
+                chat.append(self._as_template_takes_it(message))
+            elif message.role == "tool" and index and messages[index - 1].role == "tool":
+                chat[-1]["content"] += "\n" + _generic_result(message)
+            else:
+                chat += self._chat_messages([message])
+        return chat
+
     def _template_tools(self, item: Item) -> list[dict[str, Any]] | None:
         return item.tools if item.tools and self.knows_tools else None
 
@@ -229,8 +243,7 @@ class Chat:
             if message.role == "assistant":
                 chat.append({"role": "assistant", "content": _generic_text(message)})
                 continue
-            is_result = message.role == "tool"
-            response = f"<tool_response>{message.content}</tool_response>" if is_result else message.content
+            response = _generic_result(message) if message.role == "tool" else message.content
             if chat and chat[-1]["role"] == "user":
                 chat[-1]["content"] += "\n" + response
             else:
@@ -325,6 +338,10 @@ def _generic_text(message: Message) -> str:
         for call in message.tool_calls
     ]
     return "\n".join(filter(None, [message.content, *calls]))
+
+
+def _generic_result(message: Message) -> str:
+    return f"<tool_response>{message.content}</tool_response>"
 
 
 def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:

@@ -37,12 +37,17 @@ def export(run_dir: Path, out_dir: Path, checkpoint: str = "last") -> Path:
     base, dtype = _base_of(store)
     out_dir = Path(os.path.abspath(out_dir))
     _check_free(out_dir)
+    merge(base, folder, out_dir, dtype)
+    return out_dir
+
+
+def merge(base: Path, checkpoint: Path, out_dir: Path, dtype: str) -> None:
+    """Write the model that a checkpoint's folder makes of `base` to `out_dir`, which must be new or empty."""
     with _whole(out_dir) as temporary:
-        _model(base, folder, dtype).save_pretrained(temporary)
+        _model(base, checkpoint, dtype).save_pretrained(temporary)
         for pattern in COPIED:
             for path in base.glob(pattern):
                 shutil.copyfile(path, temporary / path.name)
-    return out_dir
 
 
 def find_checkpoint(store: RunStore, name: str) -> Path:

@@ -21,6 +21,8 @@ from rft.server import file_routes, upload_routes
 from rft.server import alpha, eval_routes, eval_run_routes
 from rft.server.errors import ApiError, of_user_error
 from rft.server.multipart import Drained
+from rft.server.inference import response_routes
+from rft.server.inference import routes as inference_routes
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
@@ -32,6 +34,7 @@ ROUTERS: tuple[APIRouter, ...] = (fine_tuning.router, permissions.router)
 # Codes that the bodies of requests give to their own errors.
 _FIELD_CODES = frozenset({"invalid_hyperparameter", "unsupported_method"})
 ROUTERS: tuple[APIRouter, ...] = (alpha.router, eval_routes.router, eval_run_routes.router)
+ROUTERS: tuple[APIRouter, ...] = (inference_routes.router, response_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:

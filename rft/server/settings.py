@@ -124,6 +124,11 @@ class InferenceConfig(Config):
     idle_stop_s: float = Field(300.0, gt=0, description="without a request a model is unloaded")
     start_timeout_s: float = Field(300.0, gt=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    adapters: Literal["auto", "merged", "beside"] = Field(
+        "auto",
+        description="tuned models with adapters: merged into a copy of their own, or beside their base in one engine"
+        " (vLLM's adapters are ten times slower on a CPU); auto: beside on a GPU",
+    )
     keep_responses_days: int = Field(30, ge=1, description="of responses with store: true")
 
 
