@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import yaml
 from openai import OpenAI
+from serving import serving
 
 from rft.config import RunConfig, load_config
 from rft.server.errors import ApiError
 from rft.server.services import Services
 from rft.server.settings import ServerConfig
-from tests.serving import serving
 
 DEADLINE_S = 20.0
 KEY = "sk-none"

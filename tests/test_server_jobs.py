@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job_server import GRADER, Api, Queue, a_config, an_api, reinforcement, row
 from openai import BadRequestError, NotFoundError, RateLimitError
 
 from rft.server.fine_tuning import page_of
@@ -15,7 +16,6 @@ from rft.server.index import Page
 from rft.server.jobs import JOB
 from rft.server.keys import DEFAULT_PROJECT
 from rft.server.serve import create_key
-from tests.job_server import GRADER, Api, Queue, a_config, an_api, reinforcement, row
 
 
 @pytest.fixture

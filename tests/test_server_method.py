@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from job_server import GRADER, Api, an_api, reinforcement, row, tuned_by
 from openai import BadRequestError, NotFoundError
 from openai.types.fine_tuning import ReinforcementHyperparameters, ReinforcementMethod
 from openai.types.graders import ScoreModelGrader
 from pydantic import ValidationError
 
 from rft.server.job_bodies import Hyperparameters
-from tests.job_server import GRADER, Api, an_api, reinforcement, row, tuned_by
 
 SECTION = "method.reinforcement"
 TOOL = {"name": "search", "server_url": "http://127.0.0.1:9/search", "headers": {"Authorization": "Bearer s3cr3t"}}

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job_server import Api, a_config, an_api
 from openai import NotFoundError, PermissionDeniedError
 
 from rft import checkpoints
 from rft.server.errors import ApiError
 from rft.server.models import checkpoint_name
 from rft.server.serve import create_key
-from tests.job_server import Api, a_config, an_api
 
 NAME = checkpoint_name("ft:m:rft::abcdefgh", 3)
 

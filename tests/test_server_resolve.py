@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from job_server import GRADER, Api, a_config, an_api, reinforcement, row, tuned_by
 from openai import BadRequestError
+from tiny import tiny_model_folder
 
 from rft import checkpoints
 from rft.config import TransformersEngineConfig, VllmEngineConfig
@@ -21,8 +23,6 @@ from rft.server.models import checkpoint_name
 from rft.server.resolve import merged, schedule
 from rft.server.settings import ServerConfig
 from rft.store import RunStore
-from tests.job_server import GRADER, Api, a_config, an_api, reinforcement, row, tuned_by
-from tests.tiny import tiny_model_folder
 
 AUTO = {
     "n_epochs": "auto",

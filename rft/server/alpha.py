@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from typing import Any
@@ -74,14 +75,14 @@ class ToolRequest(BaseModel):
 @router.post("/graders/validate")
 async def validate_grader(request: ValidateRequest, services: ServicesDep) -> dict[str, Any]:
     """The grader, with a name where it had none; header values are not echoed."""
-    spec = wire_grader(services, request.grader, "grader")
+    spec = await asyncio.to_thread(wire_grader, services, request.grader, "grader")
     return {"grader": redacted(contract_form(request.grader, spec))}
 
 
 @router.post("/graders/run")
 async def run_grader(request: RunRequest, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """One grade. A grader that fails is an answer with its error flag set, not an error."""
-    spec = wire_grader(services, request.grader, "grader")
+    spec = await asyncio.to_thread(wire_grader, services, request.grader, "grader")
     tools = grader_tools(services, spec, caller.project)
     try:
         return await run(spec, request.item, request.model_sample, tools, request.trace_id or new_trace_id())
@@ -100,9 +101,7 @@ def new_trace_id() -> str:
 
 
 async def _run_tool(request: ToolRequest, services: Services) -> dict[str, Any]:
-    outgoing = getattr(services, "outgoing", None)  # a server without it denies nothing
-    if outgoing is not None:
-        outgoing.check(request.server_url, "server_url")
+    await asyncio.to_thread(services.outgoing.check, request.server_url, "server_url")
     call = _call(request)
     body = json.dumps(call, ensure_ascii=False).encode("utf-8", errors="replace")
     if len(body) > MAX_BODY_BYTES:

@@ -16,13 +16,19 @@ from starlette.exceptions import HTTPException
 
 import rft
 from rft.errors import RftError, UserError
-from rft.server import fine_tuning, permissions
-from rft.server import file_routes, upload_routes
-from rft.server import alpha, eval_routes, eval_run_routes
+from rft.server import (
+    alpha,
+    eval_routes,
+    eval_run_routes,
+    file_routes,
+    fine_tuning,
+    permissions,
+    upload_routes,
+)
 from rft.server.errors import ApiError, of_user_error
-from rft.server.multipart import Drained
 from rft.server.inference import response_routes
 from rft.server.inference import routes as inference_routes
+from rft.server.multipart import Drained
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
@@ -30,11 +36,19 @@ from rft.server.settings import ServerConfig
 logger = logging.getLogger("rft.server")
 
 # Every router is served below /v1 and asks for a key.
-ROUTERS: tuple[APIRouter, ...] = (fine_tuning.router, permissions.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    file_routes.router,
+    upload_routes.router,
+    fine_tuning.router,
+    permissions.router,
+    alpha.router,
+    inference_routes.router,
+    response_routes.router,
+    eval_routes.router,
+    eval_run_routes.router,
+)
 # Codes that the bodies of requests give to their own errors.
 _FIELD_CODES = frozenset({"invalid_hyperparameter", "unsupported_method"})
-ROUTERS: tuple[APIRouter, ...] = (alpha.router, eval_routes.router, eval_run_routes.router)
-ROUTERS: tuple[APIRouter, ...] = (inference_routes.router, response_routes.router)
 
 
 def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -44,7 +45,7 @@ class EvalUpdate(BaseModel):
 async def create_eval(request: EvalCreate, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     trees: list[dict[str, Any]] = []
     for index, tree in enumerate(request.testing_criteria):
-        spec = wire_grader(services, tree, f"testing_criteria.{index}")
+        spec = await asyncio.to_thread(wire_grader, services, tree, f"testing_criteria.{index}")
         grader_tools(services, spec, caller.project)  # unknown models are refused now, not in every run
         trees.append({**contract_form(tree, spec), "name": _free(spec.name, trees)})
     body = {

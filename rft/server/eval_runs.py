@@ -128,7 +128,7 @@ class EvalRuns:
         criteria: list[Criterion] = []
         try:
             for tree, name in zip(work.trees, _names(work.trees), strict=True):
-                spec = wire_grader(services, tree, "testing_criteria")
+                spec = await asyncio.to_thread(wire_grader, services, tree, "testing_criteria")
                 tools.append(grader_tools(services, spec, work.project))
                 criteria.append(Criterion(build_grader(spec, tools[-1]), tree, name))
                 await criteria[-1].grader.start()
@@ -155,13 +155,11 @@ def _asker(services: Services, work: Assignment) -> Any:
     """What sends a body to the run's model. Raises ApiError for an unknown model, or a server that answers nothing."""
     if work.question is None:
         return None
-    inference: Any = getattr(services, "inference", None)
-    if inference is None:
-        raise ApiError("This server answers no requests to models.", code="model_not_available", param="model")
     target = services.models.target(work.question.model, work.project)
 
     async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = await inference.chat(target, body)
+        answer = await services.inference.chat(target, body)
+        assert isinstance(answer, dict), "nothing was asked to be streamed"
         return answer
 
     return ask

@@ -79,10 +79,7 @@ async def rows_of(services: Services, data_source: Mapping[str, Any], project: s
         if not isinstance(lines, list):
             raise _refusal("content must be a list of rows", "data_source.source.content")
     else:
-        files: Any = getattr(services, "files", None)
-        if files is None:
-            raise _refusal("this server keeps no files", "data_source.source.id")
-        path = files.path(str(source.get("id")), project, param="data_source.source.id")
+        path = services.files.path(str(source.get("id")), project, param="data_source.source.id")
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise _refusal(f"the file is larger than {_MAX_FILE_BYTES:,} bytes", "data_source.source.id")
         lines = await asyncio.to_thread(_read, path)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-from importlib import import_module
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from rft.server.checkpoint_views import checkpoint_objects
 from rft.server.errors import ApiError
 from rft.server.index import Page
 from rft.server.job_bodies import JobBody
 from rft.server.jobs import ENDED, JOB
 from rft.server.services import CallerDep, Services, ServicesDep
 from rft.server.submission import create_job
+from rft.store import RunStore
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["Fine-tuning"])
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -114,11 +115,7 @@ def _checkpoints(services: Services, job: dict[str, Any]) -> list[dict[str, Any]
     folder = services.jobs.folder(job["id"])
     if not (folder / "config.json").is_file():
         return []  # it has not run yet
-    from rft.store import RunStore
-
-    views = import_module("rft.server.checkpoint_views")
-    found: list[dict[str, Any]] = views.checkpoint_objects(RunStore.open(folder), job)
-    return found
+    return checkpoint_objects(RunStore.open(folder), job, services.config.organization)
 
 
 def _not_ended(job: dict[str, Any], what: str) -> None:

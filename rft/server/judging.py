@@ -16,7 +16,6 @@ from rft.graders.multi import MultiSpec
 from rft.graders.run import validate
 from rft.server.errors import ApiError, of_user_error
 from rft.server.local_judge import LocalJudge
-from rft.server.models import Target
 from rft.server.settings import RemoteModel
 
 if TYPE_CHECKING:
@@ -70,11 +69,9 @@ def _kind(value: Any) -> str:
 
 
 def _check_urls(services: Services, spec: Any, param: str) -> None:
-    outgoing = getattr(services, "outgoing", None)  # a server without it denies nothing
-    if outgoing is not None:
-        for path, part in _parts(spec, param):
-            if isinstance(part, EndpointSpec):
-                outgoing.check(part.url, f"{path}.url")
+    for path, part in _parts(spec, param):
+        if isinstance(part, EndpointSpec):
+            services.outgoing.check(part.url, f"{path}.url")
 
 
 def _parts(spec: Any, param: str) -> list[tuple[str, Any]]:
@@ -83,19 +80,11 @@ def _parts(spec: Any, param: str) -> list[tuple[str, Any]]:
     return [(f"{param}.graders.{key}", part) for key, part in spec.graders.items()]
 
 
-def judge_configs(services: Services, spec: Any, project: str) -> dict[str, JudgeConfig]:
-    """Where the models are that a spec asks. Raises ApiError: 404 for an unknown name, 400 for a local model."""
-    return {name: _config(services.models.target(name, project)) for name in judge_models(spec)}
-
-
-def _config(target: Target) -> JudgeConfig:
-    base = target.base
-    if not isinstance(base, RemoteModel):
-        message = f"The model {target.name} is served by this machine, and graders cannot ask it here."
-        raise ApiError(message, code="model_not_available", param="grader.model")
+def remote_judge(base: RemoteModel, name: str) -> JudgeConfig:
+    """Where the model that clients call `name` is."""
     return JudgeConfig(
         url=base.url,
-        model=base.model or target.name,
+        model=base.model or name,
         api_key_env=base.api_key_env,
         max_concurrent=base.max_concurrent,
         timeout_s=base.timeout_s,
@@ -105,11 +94,13 @@ def _config(target: Target) -> JudgeConfig:
 def grader_tools(services: Services, spec: Any, project: str) -> GraderTools:
     """For one grader; its judges are the caller's to close. Local models are asked through `services.inference`.
 
-    Raises ApiError: 404 for an unknown name, 400 for a local model of a server that answers no requests to models.
+    Raises ApiError (404) for an unknown name.
     """
-    inference, judges = getattr(services, "inference", None), Judges()
+    judges = Judges()
     for name in judge_models(spec):
-        target = services.models.target(name, project)
-        is_own = inference is not None and not isinstance(target.base, RemoteModel)
-        judges.add(LocalJudge(target, inference) if is_own else Judge(name, _config(target)))
+        target = services.models.judge(name, project)
+        if isinstance(target.base, RemoteModel):
+            judges.add(Judge(name, remote_judge(target.base, target.name)))
+        else:
+            judges.add(LocalJudge(name, target, services.inference))
     return GraderTools(judges)

@@ -19,8 +19,8 @@ _TIMEOUT_S = 600.0  # the first request loads the model
 class LocalJudge(Judge):
     """`inference` has `async chat(target, body) -> dict`, as rft/server/inference has it."""
 
-    def __init__(self, target: Target, inference: Any) -> None:
-        super().__init__(target.name, JudgeConfig(url=_URL, timeout_s=_TIMEOUT_S))
+    def __init__(self, name: str, target: Target, inference: Any) -> None:
+        super().__init__(name, JudgeConfig(url=_URL, timeout_s=_TIMEOUT_S))
         self.place = Place(_URL, target.name)
         self._target, self._inference = target, inference
 

@@ -19,7 +19,7 @@ from rft.errors import ConfigError
 from rft.graders.run import validate
 from rft.server.errors import ApiError, of_user_error
 from rft.server.job_bodies import MethodBody, ReinforcementBody, SupervisedBody, ToolBody
-from rft.server.seams import Outgoing
+from rft.server.outgoing import Outgoing
 
 GRADER = "method.reinforcement.grader"
 TOOLS = "method.reinforcement.tools"

@@ -60,6 +60,15 @@ class Models:
             raise unknown_model(name)
         return Target(name, model, found)
 
+    def judge(self, name: str, project: str) -> Target:
+        """Who answers when a grader names this model: itself, or the model that the table says judges for it.
+
+        Raises ApiError (404).
+        """
+        found = self.target(name, project)
+        substitute = found.base.judged_by if isinstance(found.base, LocalModel) else None
+        return found if substitute is None else self.target(substitute, project)
+
     def add_tuned(self, job: dict[str, Any], name: str, *, step: int | None, project: str) -> None:
         """A model that a job has made; step None: whatever its last checkpoint is. Adding it again changes nothing."""
         if self._index.get(MODEL, name) is not None:

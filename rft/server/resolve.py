@@ -20,6 +20,7 @@ from rft.files import replace
 from rft.server.automatic import items_per_step, num_steps, resolved
 from rft.server.errors import ApiError
 from rft.server.job_bodies import IntegrationBody, JobBody
+from rft.server.judging import remote_judge
 from rft.server.method import Method, revealed, wire_form
 from rft.server.models import Target
 from rft.server.settings import LocalModel, RemoteModel
@@ -166,13 +167,12 @@ def _judges(services: Services, request: JobRequest) -> dict[str, Any]:
 
 def _judge(services: Services, name: str, param: str, project: str) -> dict[str, Any]:
     try:
-        target = services.models.target(name, project)
+        target = services.models.judge(name, project)
     except ApiError as error:
         raise ApiError(error.message, code="model_not_found", param=param) from None
     base = target.base
     if isinstance(base, RemoteModel):
-        judge = {"url": base.url, "model": base.model or name, "api_key_env": base.api_key_env}
-        return judge | {"max_concurrent": base.max_concurrent, "timeout_s": base.timeout_s}
+        return remote_judge(base, target.name).model_dump(mode="json", exclude_defaults=True)
     if target.checkpoint is not None:
         message = f"The tuned model {name} cannot grade a job; name a model of the server's table."
         raise ApiError(message, code="model_not_available", param=param)

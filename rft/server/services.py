@@ -17,7 +17,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
-from rft.server import checkpoint_views, results, views
+from rft.server import results
 from rft.server.eval_runs import EvalRuns
 from rft.server.evals import Evals
 from rft.server.files import Files
@@ -92,8 +92,8 @@ class Services:
         eval_runs = EvalRuns(index)
         stack.push_async_callback(eval_runs.close)
         seams = Seams(
-            metrics_events=views.metrics_events,
-            usage_metrics=views.usage_metrics,
+            metrics_events=metrics.metrics_events,
+            usage_metrics=results.usage_metrics,
             result_csv=results.result_csv,
             add_file=files.add,
             job_ended=webhooks.job_ended,
