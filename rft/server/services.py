@@ -17,7 +17,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
-from rft.server import results
+from rft.server import metrics, results
 from rft.server.eval_runs import EvalRuns
 from rft.server.evals import Evals
 from rft.server.files import Files
