@@ -135,6 +135,7 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None, resume: bool = F
     with Display() as display:
         store = open_store(config.model_copy(update={"name": f"{config.name}-warmup"}), run_id, resume)
         display.line(f"run folder: {store.path}")
+<<<<<<< HEAD
         try:
             with store, _recorded(store):
                 store.rewind(0)
@@ -152,6 +153,22 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None, resume: bool = F
                     warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
         except Paused as pause:
             display.line(str(pause))
+=======
+        with store, _recorded(store):
+            store.rewind(0)
+            supersede_after(store.checkpoints / name_of(0))
+            for text in lesson.notes:
+                store.append_event("info", text)
+                display.line(text)
+            with display.phase("loading the model"):
+                policy = load_policy(config)
+                if config.model.init_from is not None:
+                    checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
+            steps = num_steps(lesson, config.warmup)
+            with display.phase("warm-up", steps) as phase:
+                warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
+        if _is_paused(store, display):
+>>>>>>> srv-worker
             return store.path
         with store:
             store.mark_done()
@@ -177,14 +194,12 @@ def _run(
         display.line(f"run folder: {store.path}")
         watchdog = Watchdog(loop := asyncio.Runner(), store, lambda: display.label)
         job = _Job(config, store, display, items, chat, watchdog, AsyncExitStack())
-        try:
-            with store, _recorded(store), loop, watchdog:
-                try:
-                    work(job)
-                finally:
-                    loop.run(_wind_down(job.stack))
-        except Paused as pause:
-            display.line(f"{pause}; --resume continues it")
+        with store, _recorded(store), loop, watchdog:
+            try:
+                work(job)
+            finally:
+                loop.run(_wind_down(job.stack))
+        if _is_paused(store, display):
             return store.path
         with store:
             finish(job)
@@ -203,7 +218,7 @@ async def _wind_down(stack: AsyncExitStack) -> None:
 
 @contextmanager
 def _recorded(store: RunStore) -> Iterator[None]:
-    """Write how the job ends into its folder, whatever way it ends."""
+    """Write how the job ends into its folder, whatever way it ends. A pause is an end without an error."""
     store.write_state({"status": "starting"})
     try:
         yield
@@ -212,7 +227,7 @@ def _recorded(store: RunStore) -> Iterator[None]:
         raise
     except Paused:
         _end(store, "paused", "")
-        raise
+        return
     except RftError as error:
         _end(store, "failed", str(error))
         raise
@@ -225,6 +240,15 @@ def _recorded(store: RunStore) -> Iterator[None]:
 def _end(store: RunStore, status: str, error: str) -> None:
     store.append_event("error" if status == "failed" else "info", f"job {status}", {"error": error} if error else None)
     store.write_state({**store.read_state(), "status": status, "error": error or None})
+
+
+def _is_paused(store: RunStore, display: Display) -> bool:
+    """Whether the job ended by a pause; says so."""
+    state = store.read_state()
+    if state["status"] != "paused":
+        return False
+    display.line(f"{Paused(state.get('step', 0))}; --resume continues it")
+    return True
 
 
 # --- the kinds of jobs ---

@@ -6,6 +6,7 @@ deleted: what a resumed run makes again is moved aside. The store does not know 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -153,6 +154,11 @@ class RunStore:
         """What the run is doing now (rft/live.py); worth nothing after a crash, so it is not flushed to disk."""
         self.lock()
         replace(self._live_path, json.dumps(finite(live), allow_nan=False).encode(), is_durable=False)
+
+    def beat(self) -> None:
+        """A sign of life while nothing is sampled: only the time of live.json changes."""
+        with contextlib.suppress(OSError):  # it is not there yet, or the disk has a problem that others will meet
+            os.utime(self._live_path)
 
     def mark_done(self) -> None:
         """The last thing a run writes."""

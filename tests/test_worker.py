@@ -21,7 +21,9 @@ from workers import DEADLINE_S, PLAIN, PROJECT, Workplace, in_loop, workplace
 from rft.server.endings import blackened, judge
 from rft.server.errors import ApiError
 from rft.server.follower import Follower
+from rft.server.jobs import Jobs
 from rft.server.models import tuned_name
+from rft.server.services import open_index
 from rft.store import RunStore
 
 FAULTY = [sys.executable, str(Path(__file__).with_name("faulty_run.py"))]
@@ -89,6 +91,7 @@ async def test_a_supervised_job_is_a_warmup(tmp_path: Path) -> None:
         job = await place.until_status(job_id, "succeeded", "failed")
         assert job["status"] == "succeeded", job["error"]
         assert place.parts.models.target(job["fine_tuned_model"], PROJECT).checkpoint is not None
+        assert job["trained_tokens"] > 0
 
 
 # --- pause, cancel, the queue ---
@@ -287,6 +290,15 @@ async def test_a_job_without_its_folder_fails_clearly(tmp_path: Path) -> None:
         place.worker.ask(first, "cancel")
         job = await place.until_status(second, "failed")
         assert job["error"]["code"] == "run_folder_missing" and "somebody deleted it" in job["error"]["message"]
+
+
+def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path) -> None:
+    with open_index(tmp_path) as index:
+        jobs = Jobs(index, tmp_path / "runs")
+        first, second = (jobs.add({"created_at": created_at}, PROJECT)["id"] for created_at in (2000, 1000))
+        for job_id in (second, first):
+            jobs.update(job_id, status="queued")
+        assert [job["id"] for job in jobs.with_status("queued")] == [first, second]
 
 
 @in_loop

@@ -53,7 +53,12 @@ class Leader:
     def training(self, step: int, num_micro_batches: int) -> Iterator[Callable[[], None]]:
         """A bar over the training of a step; what it gives is to be called after each micro-batch, in any thread."""
         with self.display.phase(f"step {step}: training", num_micro_batches, keep=False) as phase:
-            yield phase.advance
+
+            def on_micro_batch() -> None:
+                phase.advance()
+                self.store.beat()
+
+            yield on_micro_batch
 
     def check_gap(self, gap: float, step: int) -> None:
         """Look at the mean |log-probability difference| between who sampled and the trainer."""
@@ -124,6 +129,7 @@ class SamplingLeader(Leader):
 
             def on_micro_batch() -> None:
                 phase.advance()
+                self.store.beat()
                 self.pipeline.raise_if_ending()
 
             yield on_micro_batch

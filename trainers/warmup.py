@@ -39,6 +39,7 @@ _ROW_NAMES = {
     "mean_token_accuracy": "update/token_accuracy",
     "entropy": "update/entropy",
     "epoch": "epoch",
+    "num_tokens": "num_tokens",  # seen since the start
     "eval_loss": "held_out/loss",
     "eval_mean_token_accuracy": "held_out/token_accuracy",
 }

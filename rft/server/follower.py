@@ -118,9 +118,10 @@ def shown(view: Callable[[], T]) -> T | None:
 
 
 def _trained_tokens(rows: list[dict[str, Any]]) -> int | None:
-    """The loss-bearing tokens of all steps; None where the run does not count them."""
+    """The loss-bearing tokens of all steps, or all that a warm-up has seen; None where the run counts none."""
     found = [row["update/num_tokens"] for row in rows if row.get("update/num_tokens") is not None]
-    return int(sum(found)) if found else None
+    seen = [row["num_tokens"] for row in rows if row.get("kind") == "warmup" and row.get("num_tokens") is not None]
+    return int(sum(found) if found else max(seen)) if found or seen else None
 
 
 def _left_s(rows: list[dict[str, Any]], state: dict[str, Any]) -> float | None:

@@ -64,9 +64,10 @@ class Jobs:
         return self.index.project_of(JOB, job_id) or ""
 
     def with_status(self, *statuses: Status) -> list[dict[str, Any]]:
-        """Of every project, oldest first."""
+        """Of every project, oldest first; those of one status in order of making, whatever the clock did."""
         found = (self.index.page(JOB, limit=2**31, order="asc", where={"$.status": status}).data for status in statuses)
-        return sorted((job for jobs in found for job in jobs), key=lambda job: job["created_at"])
+        jobs = [job for jobs in found for job in jobs]
+        return jobs if len(statuses) == 1 else sorted(jobs, key=lambda job: job["created_at"])
 
     def update(self, job_id: str, **fields: Any) -> dict[str, Any]:
         """The job with some fields replaced. Raises ApiError (400) for a status that cannot follow the present one."""

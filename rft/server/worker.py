@@ -94,7 +94,7 @@ class Worker:
         ask, status = self._parts.works.get(job_id).ask, self._parts.jobs.get(job_id)["status"]
         if ask == "cancel":
             conclusion.cancel(self._parts, job_id)
-        elif ask == "pause" and status == "queued":
+        elif ask == "pause" and status in ("queued", "running"):
             conclusion.pause(self._parts, job_id)
         is_queued: bool = self._parts.jobs.get(job_id)["status"] == "queued"
         return not is_queued
