@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rft.chat import Chat
 from rft.config import ModelConfig, TransformersEngineConfig, VllmEngineConfig
+from rft.errors import first_cause
 from rft.server.errors import ApiError
 from rft.server.ids import new_id
 from rft.server.inference.answer import Choice
@@ -164,13 +165,14 @@ async def loaded(config: HostConfig) -> ChatModel:
         sampler = VllmSampler(engine, model, config.log_path, config.max_lora_rank)
     else:
         sampler = TransformersSampler(TransformersEngineConfig(max_model_len=config.max_model_len), model)
-    chat = await asyncio.to_thread(Chat.from_folder, path)
     try:
-        await sampler.start()
-    except BaseException:  # also cancellation: no process may be left
+        async with asyncio.TaskGroup() as group:  # both import for seconds
+            chat = group.create_task(asyncio.to_thread(Chat.from_folder, path))
+            group.create_task(sampler.start())
+    except BaseException as error:  # also cancellation: no process may be left
         await sampler.close()
-        raise
-    return ChatModel(chat, sampler, config.max_model_len)
+        raise first_cause(error) if isinstance(error, BaseExceptionGroup) else error from None
+    return ChatModel(chat.result(), sampler, config.max_model_len)
 
 
 def _head(request: LocalChat, kind: str) -> dict[str, Any]:
