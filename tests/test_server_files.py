@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -258,21 +261,29 @@ def test_uploads_are_limited_per_minute(configured: Callable[..., ServerConfig])
         sdk(url, keys[1]).files.create(file=("a", b"x"), purpose="user_data")
 
 
+@contextmanager
+def begun_upload(url: str, data: Path) -> Iterator[None]:
+    """Three of five megabytes have been sent, and some of them have reached the disk; then the connection ends."""
+    parts = urlsplit(url)
+    with socket.create_connection((str(parts.hostname), parts.port or 0)) as connection:
+        head = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\n"
+        connection.sendall(head + b"content-type: multipart/form-data; boundary=b\r\n\r\n")
+        begin = b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        connection.sendall(begin + b"x" * 3 * 2**20)
+        deadline = time.monotonic() + 10
+        while not list((data / "files").glob(".new-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert list((data / "files").glob(".new-*")), "nothing arrived"
+        yield
+
+
 def test_an_upload_that_is_cut_off_leaves_nothing(configured: Callable[..., ServerConfig], tmp_path: Path) -> None:
     with serving(configured()) as url:
-        parts = urlsplit(url)
-        with socket.create_connection((str(parts.hostname), parts.port or 0)) as connection:
-            head = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\n"
-            connection.sendall(head + b"content-type: multipart/form-data; boundary=b\r\n\r\n")
-            connection.sendall(
-                b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 3 * 2**20
-            )
-            deadline = time.monotonic() + 10
-            while not names_below(tmp_path / "data") and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert names_below(tmp_path / "data")[0].startswith(".")
+        with begun_upload(url, tmp_path / "data"):
             assert list(sdk(url).files.list()) == []
-    assert names_below(tmp_path / "data") == []  # the server has ended: whatever it was doing is over
+        file = sdk(url).files.create(file=("données 中.jsonl", ROW), purpose="evals")
+        assert file.filename == "données 中.jsonl"
+    assert names_below(tmp_path / "data") == [file.id]  # the server has ended: whatever it was doing is over
 
 
 def test_what_a_crash_left_is_removed_and_a_lost_index_made_again(
@@ -413,22 +424,33 @@ def test_files_of_our_own_and_paths_by_purpose(tmp_path: Path) -> None:
         assert (caught.value.status, caught.value.code) == (404, "file_not_found")
 
 
+@contextmanager
+def own_process(tmp_path: Path, before: list[str] | None = None) -> Iterator[tuple[openai.OpenAI, int]]:
+    """`rft serve` in a process of its own, through the command `before`; a client, and the server's process id."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "server.yaml").write_text(json.dumps({"models": {}, "data_dir": str(tmp_path / "data"), "port": 0}))
+    command = [*(before or []), sys.executable, "-m", "rft", "serve", str(tmp_path / "server.yaml"), "--no-auth"]
+    supervisor = subprocess.Popen(
+        supervised(command, Path("/nonexistent"), "parent", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert supervisor.stdout is not None
+        client = sdk(supervisor.stdout.readline().split()[-1])
+        (server,) = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+        yield client, int(server)
+    finally:
+        supervisor.terminate()
+        supervisor.wait(20)
+
+
 def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path: Path) -> None:
     """A real server whose data folder is a small disk of its own, in a mount namespace."""
     isolated = ["unshare", "--user", "--map-root-user", "--mount"]
     probe = subprocess.run([*isolated, "mount", "-t", "tmpfs", "t", "/mnt"], capture_output=True, text=True, timeout=20)
     if probe.returncode:
         pytest.skip(f"no disk of our own can be mounted here: {probe.stderr.strip()}")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "server.yaml").write_text(json.dumps({"models": {}, "data_dir": str(tmp_path / "data"), "port": 0}))
-    mount = f"mount -t tmpfs -o size=3m t {tmp_path / 'data'} && exec {sys.executable} -m rft serve"
-    command = [*isolated, "sh", "-c", f"{mount} {tmp_path / 'server.yaml'} --no-auth"]
-    server = subprocess.Popen(
-        supervised(command, Path("/nonexistent"), "parent", 1), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        client = sdk(server.stdout.readline().split()[-1])
+    mount = f'mount -t tmpfs -o size=3m t {tmp_path / "data"} && exec "$@"'
+    with own_process(tmp_path, [*isolated, "sh", "-c", mount, "sh"]) as (client, _):
         kept = client.files.create(file=("a", b"x" * 1_000_000), purpose="user_data")
         with pytest.raises(openai.InternalServerError) as caught:
             client.files.create(file=("b", b"x" * 5_000_000), purpose="user_data")
@@ -436,6 +458,18 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path: Path) -> None:
         assert caught.value.response.headers["x-should-retry"] == "false"
         assert list(client.files.list()) == [kept]
         client.files.create(file=("c", b"x" * 1_000_000), purpose="user_data")  # there is room for it again
-    finally:
-        server.terminate()
-        server.wait(20)
+
+
+def test_a_server_killed_while_files_arrive_keeps_the_whole_ones(tmp_path: Path) -> None:
+    with own_process(tmp_path) as (client, server):
+        kept = client.files.create(file=("a.jsonl", ROW), purpose="fine-tune")
+        upload = client.uploads.create(bytes=2 * len(ROW), filename="b.jsonl", mime_type="x", purpose="fine-tune")
+        part = client.uploads.parts.create(upload.id, data=ROW)
+        with begun_upload(str(client.base_url), tmp_path / "data"):
+            os.kill(server, signal.SIGKILL)
+    with own_process(tmp_path) as (client, _):
+        assert list(client.files.list()) == [kept] and client.files.content(kept.id).read() == ROW
+        assert sorted(names_below(tmp_path / "data")) == sorted([kept.id, upload.id])
+        second = client.uploads.parts.create(upload.id, data=ROW)
+        done = client.uploads.complete(upload.id, part_ids=[part.id, second.id])
+        assert done.file is not None and client.files.content(done.file.id).read() == ROW * 2

@@ -15,7 +15,7 @@ from test_job import a_tree
 from rft import tracking
 from rft.config import RunConfig, validate_config
 from rft.errors import ConfigError, UserError
-from rft.job import run_job
+from rft.job import run_job, run_warmup
 from rft.store import RunStore
 from rft.tracking import TrackerConfig, check_trackers, numbers
 
@@ -88,6 +88,18 @@ def test_a_tracker_gets_every_row_of_a_run_and_of_its_resumption(tmp_path: Path,
     assert {step for step, _ in rows} == {0, 1, 2, 3}
     assert any("validation/grade" in values for _, values in rows)
     assert found[-1] == {"finished": True} and warnings(run) == []
+
+
+@pytest.mark.slow  # TRL
+def test_a_tracker_gets_the_rows_of_a_warm_up(tmp_path: Path, trackio: Path) -> None:
+    pytest.importorskip("trl", reason="the warm-up needs TRL: scripts/setup --warmup")
+    import test_warmup
+
+    tree = test_warmup.a_tree(tmp_path) | {"trackers": [{"type": "trackio", "dir": str(trackio)}]}
+    run = run_warmup(validate_config(tree, where="test"))
+    rows = [(row["step"], row["values"]) for row in kept(trackio) if "step" in row]
+    assert rows == [(row["step"], numbers(row)) for row in RunStore.open(run).metrics()]
+    assert any("update/loss" in values for _, values in rows)
 
 
 @pytest.mark.parametrize("trouble", ["init", "log", "finish"])
