@@ -135,25 +135,6 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None, resume: bool = F
     with Display() as display:
         store = open_store(config.model_copy(update={"name": f"{config.name}-warmup"}), run_id, resume)
         display.line(f"run folder: {store.path}")
-<<<<<<< HEAD
-        try:
-            with store, _recorded(store):
-                store.rewind(0)
-                supersede_after(store.checkpoints / name_of(0))
-                for text in lesson.notes:
-                    store.append_event("info", text)
-                    display.line(text)
-                with display.phase("loading the model"):
-                    policy = load_policy(config)
-                    if config.model.init_from is not None:
-                        checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
-                steps = num_steps(lesson, config.warmup)
-                trackers = tracked(config.trackers, store, config.model_dump(mode="json"), first_step=1)
-                with trackers, display.phase("warm-up", steps) as phase:
-                    warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
-        except Paused as pause:
-            display.line(str(pause))
-=======
         with store, _recorded(store):
             store.rewind(0)
             supersede_after(store.checkpoints / name_of(0))
@@ -165,10 +146,10 @@ def run_warmup(config: RunConfig, *, run_id: str | None = None, resume: bool = F
                 if config.model.init_from is not None:
                     checkpoint.load_weights(checkpoint.find(config.model.init_from), policy)
             steps = num_steps(lesson, config.warmup)
-            with display.phase("warm-up", steps) as phase:
+            trackers = tracked(config.trackers, store, config.model_dump(mode="json"), first_step=1)
+            with trackers, display.phase("warm-up", steps) as phase:
                 warm_up(config, policy, lesson, chat.tokenizer, Keeper(policy, store, display, phase, steps))
         if _is_paused(store, display):
->>>>>>> srv-worker
             return store.path
         with store:
             store.mark_done()
