@@ -112,16 +112,26 @@ def test_a_killed_host_is_replaced(tmp_path: Path) -> None:
 def test_the_longest_unused_host_makes_room(tmp_path: Path) -> None:
     async def work() -> None:
         one, other = a_target(tmp_path, "one"), a_target(tmp_path, "other")
-        async with inferring(tmp_path, max_loaded=1, request_timeout_s=5.0) as inference:
+        async with inferring(tmp_path, max_loaded=1) as inference:
             await answer(inference, one)
-            async with inference.place(one) as place:
-                assert place.socket is not None and place.socket.exists()
-                with pytest.raises(ApiError, match="busy") as caught:
-                    await answer(inference, other)
-                assert caught.value.status == 503
             await answer(inference, other)
             assert len(inference.hosts.loaded) == 1
             assert processes(str(one.local.path)) == []
+
+    run(work())
+
+
+def test_a_host_in_use_does_not_make_room(tmp_path: Path) -> None:
+    async def work() -> None:
+        one, other = a_target(tmp_path, "one"), a_target(tmp_path, "other")
+        async with (
+            inferring(tmp_path, max_loaded=1, request_timeout_s=0.5) as inference,
+            inference.place(one) as place,  # a start has a deadline of its own
+        ):
+            assert place.socket is not None and place.socket.exists()
+            with pytest.raises(ApiError, match="busy") as caught:
+                await answer(inference, other)
+            assert caught.value.status == 503
 
     run(work())
 
