@@ -11,7 +11,7 @@ from serving import serving
 
 from rft import checkpoints
 from rft.server.index import Index
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.models import Models, checkpoint_name, tuned_name
 from rft.server.serve import create_key
 from rft.server.settings import ServerConfig

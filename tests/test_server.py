@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def test_unknown_urls_get_the_wire_error(client: TestClient) -> None:
         "code": "unknown_url",
     }
     assert answer.headers["x-should-retry"] == "false"
+
+
+def test_the_openapi_document_names_what_is_served(client: TestClient) -> None:
+    document = client.get("/v1/openapi.json").json()
+    paths = "files uploads fine_tuning/jobs fine_tuning/alpha/graders/run models responses chat/completions evals"
+    assert {f"/v1/{path}" for path in paths.split()} <= document["paths"].keys()
+
+
+def test_nothing_is_served_without_a_key(config: ServerConfig) -> None:
+    with TestClient(build_app(config)) as client:
+        served = client.app.openapi()["paths"]  # type: ignore[attr-defined]
+        asked = [(method, re.sub(r"{.*?}", "x", path)) for path, methods in served.items() for method in methods]
+        assert {client.request(*each).status_code for each in [*asked, ("get", "/v1/openapi.json")]} == {401}
+        assert client.get("/v1/models").json()["error"]["code"] == "missing_api_key"
+        key = {"authorization": f"Bearer {create_key(config)}"}
+        assert client.get("/v1/models", headers=key).status_code == 200
+        assert client.get("/v1/models", headers={"authorization": "Bearer sk-rft-x"}).status_code == 401
 
 
 def test_two_servers_on_one_data_folder_are_refused(config: ServerConfig, client: TestClient) -> None:

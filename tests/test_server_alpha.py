@@ -360,7 +360,7 @@ def test_a_tool_that_answers_odd_json_is_shown_anyway(client: OpenAI) -> None:
 def test_urls_are_checked_where_the_server_has_a_list(client: OpenAI, tmp_path: Path) -> None:
     """Until then every URL is allowed; the service `outgoing` is joined by its name."""
     from rft.server.errors import ApiError
-    from rft.server.judging import wire_grader
+    from rft.server.grading.judging import wire_grader
 
     class Outgoing:
         def check(self, url: str, param: str) -> None:

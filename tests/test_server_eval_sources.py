@@ -12,11 +12,11 @@ from fakes import verdict
 
 from rft.errors import GraderError
 from rft.server.errors import ApiError
-from rft.server.eval_runs import Assignment, EvalRuns
-from rft.server.eval_sources import question_of, rows_of, sample_of_completion
-from rft.server.evals import ITEM, RUN
+from rft.server.evals.runs import Assignment, EvalRuns
+from rft.server.evals.sources import question_of, rows_of, sample_of_completion
+from rft.server.evals.store import ITEM, RUN
 from rft.server.index import Index
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.models import Models, Target
 from rft.server.settings import ServerConfig
 

@@ -14,15 +14,15 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from run_folders import GRADER, a_job, a_rollout, a_run, an_item
 from serving import serving
 
-from rft.server.evals import RUN
+from rft.server.evals.job_runs import JobRuns, run_id_of
+from rft.server.evals.output_items import rollout_id_of
+from rft.server.evals.step_items import StepItems
+from rft.server.evals.store import RUN
 from rft.server.index import Index, Page
-from rft.server.job_runs import JobRuns, run_id_of
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.keys import DEFAULT_PROJECT
-from rft.server.output_items import rollout_id_of
 from rft.server.services import INDEX, open_index
 from rft.server.settings import ServerConfig
-from rft.server.step_items import StepItems
 from rft.store import RunStore
 
 SECRET = "Bearer very-secret-value"

@@ -26,9 +26,9 @@ import pytest
 from serving import serving
 
 from rft.server.errors import ApiError
-from rft.server.files import PURPOSES, Files, Wanted, safe_name
+from rft.server.files.quota import Quota
+from rft.server.files.store import PURPOSES, Files, Wanted, safe_name
 from rft.server.index import Index
-from rft.server.quota import Quota
 from rft.server.serve import create_key
 from rft.server.settings import LimitsConfig, ServerConfig
 from rft.supervise import supervised

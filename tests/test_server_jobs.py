@@ -11,9 +11,9 @@ import pytest
 from job_server import GRADER, Api, Queue, a_config, an_api, reinforcement, row
 from openai import BadRequestError, NotFoundError, RateLimitError
 
-from rft.server.fine_tuning import page_of
 from rft.server.index import Page
-from rft.server.jobs import JOB
+from rft.server.jobs.routes import page_of
+from rft.server.jobs.store import JOB
 from rft.server.keys import DEFAULT_PROJECT
 from rft.server.serve import create_key
 

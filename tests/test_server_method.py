@@ -14,7 +14,7 @@ from openai.types.fine_tuning import ReinforcementHyperparameters, Reinforcement
 from openai.types.graders import ScoreModelGrader
 from pydantic import ValidationError
 
-from rft.server.job_bodies import Hyperparameters
+from rft.server.jobs.bodies import Hyperparameters
 
 SECTION = "method.reinforcement"
 TOOL = {"name": "search", "server_url": "http://127.0.0.1:9/search", "headers": {"Authorization": "Bearer s3cr3t"}}

@@ -17,10 +17,10 @@ from tiny import tiny_model_folder
 
 from rft import checkpoints
 from rft.config import TransformersEngineConfig, VllmEngineConfig
-from rft.server.automatic import items_per_step, num_steps, resolved
+from rft.server.jobs.automatic import items_per_step, num_steps, resolved
+from rft.server.jobs.resolve import merged, schedule
 from rft.server.keys import DEFAULT_PROJECT
 from rft.server.models import checkpoint_name
-from rft.server.resolve import merged, schedule
 from rft.server.settings import ServerConfig
 from rft.store import RunStore
 

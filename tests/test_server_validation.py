@@ -13,10 +13,10 @@ import pytest
 from job_server import DEADLINE_S, Api, a_config, an_api, reinforcement, row
 from openai import BadRequestError
 
-from rft.server import validation
+from rft.server.jobs import validation
+from rft.server.jobs.validation import StoppedError, inspect
 from rft.server.services import Services
 from rft.server.settings import LimitsConfig
-from rft.server.validation import StoppedError, inspect
 
 TOOL = {"name": "search", "server_url": "http://127.0.0.1:9/search"}
 

@@ -14,9 +14,9 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from run_folders import GRADER, a_job, a_run, an_item, train_step
 
 from rft.checkpoints import name_of
-from rft.server.checkpoint_views import checkpoint_objects
-from rft.server.metrics import metrics_events
-from rft.server.results import result_csv, usage_metrics
+from rft.server.views.checkpoints import checkpoint_objects
+from rft.server.views.metrics import metrics_events
+from rft.server.views.results import result_csv, usage_metrics
 from rft.store import RunStore
 
 # `data` of an event of the hosted service, as its guide prints it.

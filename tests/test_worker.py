@@ -18,12 +18,12 @@ from test_job import a_tree, stable, weights
 from test_warmup import a_config as a_warmup
 from workers import DEADLINE_S, PLAIN, PROJECT, Workplace, in_loop, workplace
 
-from rft.server.endings import blackened, judge
 from rft.server.errors import ApiError
-from rft.server.follower import Follower
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.models import tuned_name
 from rft.server.services import open_index
+from rft.server.work.endings import blackened, judge
+from rft.server.work.follower import Follower
 from rft.store import RunStore
 
 FAULTY = [sys.executable, str(Path(__file__).with_name("faulty_run.py"))]
@@ -409,7 +409,8 @@ def test_secrets_of_the_config_are_blackened(tmp_path: Path) -> None:
 
 
 def test_the_worker_imports_nothing_that_a_run_needs() -> None:
-    code = "import sys, rft.server.worker; print({'torch', 'transformers', 'vllm', 'accelerate'} & sys.modules.keys())"
+    heavy = "{'torch', 'transformers', 'vllm', 'accelerate'}"
+    code = f"import sys, rft.server.work.worker; print({heavy} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "set()"
 

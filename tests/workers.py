@@ -19,12 +19,12 @@ from typing import Any
 import yaml
 
 from rft.server.ids import new_id
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.models import Models
 from rft.server.services import open_index
 from rft.server.settings import ServerConfig
-from rft.server.work import Parts, Seams, Works
-from rft.server.worker import Worker
+from rft.server.work.records import Parts, Seams, Works
+from rft.server.work.worker import Worker
 from rft.store import RunStore
 
 PROJECT = "proj_test"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,19 +17,17 @@ from starlette.exceptions import HTTPException
 
 import rft
 from rft.errors import RftError, UserError
-from rft.server import (
-    alpha,
-    eval_routes,
-    eval_run_routes,
-    file_routes,
-    fine_tuning,
-    permissions,
-    upload_routes,
-)
 from rft.server.errors import ApiError, of_user_error
+from rft.server.evals import routes as eval_routes
+from rft.server.evals import run_routes as eval_run_routes
+from rft.server.files import routes as file_routes
+from rft.server.files import upload_routes
+from rft.server.files.multipart import Drained
+from rft.server.grading import routes as alpha
 from rft.server.inference import response_routes
 from rft.server.inference import routes as inference_routes
-from rft.server.multipart import Drained
+from rft.server.jobs import permissions
+from rft.server.jobs import routes as fine_tuning
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
@@ -59,9 +58,12 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
         async with Services.started(config, has_auth=has_auth) as app.state.services:
             yield
 
-    app = FastAPI(title="rft", version=rft.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="rft", version=rft.__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", dependencies=[Depends(caller)])
+    app.add_api_route("/v1/openapi.json", _openapi, dependencies=[Depends(caller)], include_in_schema=False)
     app.add_api_route("/health", _health, include_in_schema=False)
     app.add_exception_handler(ApiError, _api_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_request)  # type: ignore[arg-type]
@@ -76,6 +78,12 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
 
 async def _health() -> dict[str, str]:
     return {"status": "ok"}
+
+
+async def _openapi(request: Request) -> dict[str, Any]:
+    """The OpenAPI document of all of this."""
+    document: dict[str, Any] = request.app.openapi()
+    return document
 
 
 def _answer(error: ApiError) -> JSONResponse:

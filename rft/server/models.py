@@ -14,7 +14,7 @@ from typing import Any
 from rft import checkpoints
 from rft.server.errors import ApiError
 from rft.server.index import Index
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
 from rft.server.settings import LocalModel, Model, RemoteModel, ServerConfig
 
 MODEL, TUNED = "model", "tuned"  # kinds in the index: the wire's object, and what it stands for

@@ -17,25 +17,25 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from rft.errors import UserError
-from rft.server import metrics, results
-from rft.server.eval_runs import EvalRuns
-from rft.server.evals import Evals
-from rft.server.files import Files
+from rft.server.evals.job_runs import JobRuns
+from rft.server.evals.runs import EvalRuns
+from rft.server.evals.store import Evals
+from rft.server.files.quota import Quota
+from rft.server.files.store import Files
+from rft.server.files.uploads import Uploads
 from rft.server.index import Index
 from rft.server.inference import Inference
 from rft.server.inference.stored import StoredResponses
-from rft.server.job_runs import JobRuns
-from rft.server.jobs import Jobs
+from rft.server.jobs.store import Jobs
+from rft.server.jobs.validation import Validation
 from rft.server.keys import Caller, Keys
 from rft.server.models import Models
 from rft.server.outgoing import Outgoing
-from rft.server.quota import Quota
 from rft.server.settings import ServerConfig
-from rft.server.uploads import Uploads
-from rft.server.validation import Validation
+from rft.server.views import metrics, results
 from rft.server.webhooks import Webhooks
-from rft.server.work import Parts, Seams, Works
-from rft.server.worker import Worker
+from rft.server.work.records import Parts, Seams, Works
+from rft.server.work.worker import Worker
 
 INDEX = "index.sqlite"
 

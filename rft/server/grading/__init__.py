@@ -1,0 +1,1 @@
+"""Graders and tools tried over the wire, and the models that judge."""

@@ -1,0 +1,1 @@
+"""Running jobs: the queue, one process per job, what its run folder tells, how it ends."""
