@@ -86,7 +86,7 @@ def test_streams_come_in_pieces(client: OpenAI) -> None:
         assert stream.get_final_response().output_text == whole.choices[0].message.content
 
 
-def test_parse_gives_objects(client: OpenAI) -> None:
+def test_row_18_parse_gives_objects(client: OpenAI) -> None:
     response = client.responses.parse(
         model="m",
         reasoning={"effort": "low"},

@@ -91,6 +91,17 @@ def test_model_names_lead_somewhere(tmp_path: Path) -> None:
         load_server_config(path)
 
 
+def test_what_a_model_trains_with_is_looked_at_when_the_server_starts(tmp_path: Path) -> None:
+    run = {"training": {"learning_rate": "1e-6"}, "model": {"lora": {"rank": 4}}, "warmup": {"epochs": 2}}
+    model = {"path": "m", "run": run}
+    config = ServerConfig.model_validate({"models": {"m": model}})
+    assert config.models["m"].run == run | {"training": {"learning_rate": 1e-6}}  # type: ignore[union-attr]
+    path = tmp_path / "server.yaml"
+    path.write_text(json.dumps({"models": {"m": {"path": "m", "run": {"training": {"learning_rat": 1}}}}}))
+    with pytest.raises(ConfigError, match=r"models\.m\.run: training\.learning_rat: unknown key"):
+        load_server_config(path)
+
+
 @pytest.mark.parametrize("name", ["server", "seed_cookbook"])
 def test_the_shipped_configs_are_valid(name: str) -> None:
     config = load_server_config(Path("configs") / f"{name}.yaml")

@@ -62,7 +62,7 @@ def names_below(data: Path) -> list[str]:
     return [path.name for name in ("files", "uploads") for path in (data / name).iterdir()]
 
 
-def test_a_file_is_uploaded_read_listed_and_deleted(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_row_01_and_02_a_file_is_uploaded_read_listed_and_deleted(client: openai.OpenAI, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(ROW * 12)
     with (tmp_path / "train.jsonl").open("rb") as opened:
         file = client.files.create(file=opened, purpose="fine-tune")

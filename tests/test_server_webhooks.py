@@ -73,7 +73,7 @@ def queued(index: Index) -> int:
 
 
 @pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled"])
-def test_the_sdk_verifies_what_arrives(tmp_path: Path, status: str) -> None:
+def test_row_40_the_sdk_verifies_what_arrives(tmp_path: Path, status: str) -> None:
     index = Index(tmp_path / "i.sqlite")
 
     async def run(url: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+_LESSONS = 130
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,4 +49,49 @@ def tiny_model_folder(path: Path, **changes: Any) -> Path:
     set_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape | changes)).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def taught_model_folder(path: Path, row: dict[str, Any], said: list[str], results: list[list[str]]) -> Path:
+    """A tiny model that answers `row` with the calls and the answer in `said`, whatever the tools say in between.
+
+    said: the text of its first turn, with calls, and of its second; results: what the calls might be answered, by
+    example. Learnt in seconds, by heart; deterministic.
+    """
+    import torch
+
+    from rft.chat import Chat
+    from rft.data import Problems, parse_item
+    from rft.types import Message
+
+    tiny_model_folder(path, max_position_embeddings=4096)
+    chat = Chat.from_folder(path)
+    item = parse_item(row, "taught", None, Problems(1))
+    assert item is not None
+    end = [chat.end_of_turn]
+    first, second = (chat.tokenizer.encode(text) + end for text in said)
+    calling = chat.parse(first, item, "taught")
+    examples: list[tuple[list[int], list[int]]] = []  # ids, and of each whether it is to be learnt
+    for outputs in results:
+        answers = [
+            Message(role="tool", content=output, tool_call_id=call.call_id)
+            for call, output in zip(calling.tool_calls, outputs, strict=True)
+        ]
+        between = chat.continuation(item, [calling, *answers], first).ids
+        prompt = chat.first_prompt(item)
+        ids = [*prompt, *first, *between, *second]
+        mask = [0] * len(prompt) + [1] * len(first) + [0] * len(between) + [1] * len(second)
+        examples.append((ids, mask))
+    model = LlamaForCausalLM.from_pretrained(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(_LESSONS):
+        ids, mask = examples[step % len(examples)]
+        tokens, learnt = torch.tensor([ids]), torch.tensor(mask[1:], dtype=torch.bool)
+        logits = model(tokens).logits[0, :-1][learnt]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:][learnt])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, f"it did not learn its lines: loss {loss.item():.3f}"
+    model.save_pretrained(path)
     return path

@@ -10,10 +10,37 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from rft.config import Config, ModelConfig, config_problem, read_tree
+from rft.config import Config, ModelConfig, RunConfig, config_problem, read_tree
 from rft.errors import ConfigError
 
 Effort = Literal["default", "low", "medium", "high"]
+
+
+# What every job says itself, for looking at the rest of a run's config before there is a job.
+_PLACEHOLDERS: dict[str, Any] = {
+    "model": {"path": "."},
+    "data": {"train": "-"},
+    "grader": {"type": "string_check", "input": "", "reference": "", "operation": "eq"},
+    "training": {"steps": 1},
+}
+
+
+def _as_run_config(value: dict[str, Any]) -> dict[str, Any]:
+    """A part of a run's config, with its values as a run reads them (YAML's `1e-6` is a text). Raises ValueError."""
+    sources = _PLACEHOLDERS | ({"warmup": {"demonstrations": "-"}} if "warmup" in value else {})
+    tree = value | {
+        key: defaults | value.get(key, {}) for key, defaults in sources.items() if key not in ("data", "grader")
+    }
+    try:
+        parsed = RunConfig.model_validate({**_PLACEHOLDERS, **tree}).model_dump(mode="json", exclude_unset=True)
+    except ValidationError as error:
+        raise ValueError(config_problem(error)) from None
+    return {key: _asked(parsed[key], asked) for key, asked in value.items()}
+
+
+def _asked(parsed: Any, asked: Any) -> Any:
+    """What of a parsed section was written by the user."""
+    return {key: parsed[key] for key in asked} if isinstance(parsed, dict) and isinstance(asked, dict) else parsed
 
 
 class LocalModel(Config):
@@ -36,7 +63,7 @@ class LocalModel(Config):
         taken = sorted({"data", "environment", "grader", "judges", "name", "runs_dir", "seed"} & value.keys())
         if taken:
             raise ValueError(f"{taken[0]} comes from each job; leave it out")
-        return value
+        return _as_run_config(value)
 
 
 class RemoteModel(Config):
