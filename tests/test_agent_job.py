@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = "smollm2"
 SUFFIX = "coder"
 MAX_EPISODE_STEPS = 5
+NUM_STEPS = 2
 _LIMIT_S = 1500.0
 _CODE = re.compile(r"\b[A-Z]\d[0-9A-Z](?:\.[0-9A-Z]{1,4})?\b")
 
@@ -55,7 +56,8 @@ def grading_app(calls: list[dict[str, Any]]) -> Starlette:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[OpenAI]:
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAI]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # of the trainer: with one a step takes twice as long
     config = {
         "port": 0,
         "data_dir": str(tmp_path / "data"),
@@ -134,8 +136,8 @@ def test_an_agent_job_learns_and_its_model_answers_with_tools(client: OpenAI, tm
     with ToolServer("icd10") as tools, served(grading_app(calls)) as grader:
         job = client.fine_tuning.jobs.create(
             model=MODEL,
-            training_file=upload(client, tmp_path, "train", 24),
-            validation_file=upload(client, tmp_path, "validation", 16),
+            training_file=upload(client, tmp_path, "train", 6 * NUM_STEPS),
+            validation_file=upload(client, tmp_path, "validation", 12),
             seed=7,
             suffix=SUFFIX,
             metadata={"kind": "agent"},
@@ -153,7 +155,7 @@ def test_an_agent_job_learns_and_its_model_answers_with_tools(client: OpenAI, tm
                         "headers": {"authorization": "Bearer hush-hush"},
                     },
                     "max_episode_steps": MAX_EPISODE_STEPS,
-                    "hyperparameters": {"n_epochs": 1, "batch_size": 6, "eval_interval": 4, "eval_samples": 1},
+                    "hyperparameters": {"n_epochs": 1, "batch_size": 6, "eval_interval": NUM_STEPS, "eval_samples": 2},
                 },
             },
         )
@@ -162,7 +164,7 @@ def test_an_agent_job_learns_and_its_model_answers_with_tools(client: OpenAI, tm
         assert re.fullmatch(rf"ft:{MODEL}:[a-z0-9-]+:{SUFFIX}:\w{{8}}", job.fine_tuned_model)
         assert calls and all(call["key"] == "Bearer hush-hush" for call in calls)
         assert "hush-hush" not in job.to_json()
-        before, after = (mean_score(client, job.eval_id, name) for name in ("Step 0", "Step 4"))
+        before, after = (mean_score(client, job.eval_id, name) for name in ("Step 0", f"Step {NUM_STEPS}"))
         assert after > before + 0.02
         row = json.loads((ROOT / "data" / "icd10" / "validation.jsonl").read_text().splitlines()[0])
         answer, num_calls = tool_loop(client, job.fine_tuned_model, row, tools.base_url)

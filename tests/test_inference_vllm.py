@@ -229,6 +229,7 @@ def our_engines() -> list[Path]:
 
 def test_a_tuned_checkpoint_and_a_judge(tmp_path: Path) -> None:
     """An adapter that makes the model say something else, merged or beside its base; the base judges."""
+    running = our_engines()  # of the server that other tests of this module share
     adapter = an_adapter(MODEL, tmp_path / "step_000001")
     base = LocalModel(path=MODEL, dtype="float32", kv_cache_gib=0.25)
     asked = {"messages": CAPITAL, "max_tokens": 6, "temperature": 0}
@@ -250,7 +251,7 @@ def test_a_tuned_checkpoint_and_a_judge(tmp_path: Path) -> None:
             said.append(await text(inference, Target("m", base)) if adapters == "beside" else said[0])
         finally:
             await inference.close()
-        assert our_engines() == []
+        assert our_engines() == running
         return said
 
     merged, beside = asyncio.run(work("merged")), asyncio.run(work("beside"))

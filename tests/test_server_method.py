@@ -278,7 +278,7 @@ def test_supervised_is_the_default_as_it_is_at_the_original(api: Api) -> None:
 
 
 def test_the_openapi_document_shows_the_body(api: Api) -> None:
-    document: Any = api.client.get("../openapi.json", cast_to=object)
+    document: Any = api.client.get("/openapi.json", cast_to=object)
     schemas = document["components"]["schemas"]
     assert schemas["JobBody"]["properties"]["training_file"]["maxLength"] == 128
     epochs = schemas["Hyperparameters"]["properties"]["n_epochs"]
