@@ -19,15 +19,20 @@ FLOORS = {
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.sift rft.checkpoints rft.budget rft.reuse",
     5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch",
-    6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson",
-    7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.doctor rft.report rft.export "
-    "rft.assembly rft.preflight rft.regrade rft.show rft.transcript",
-    8: "rft.job",
-    9: "rft.server rft.grade_cli",
-    10: "rft.cli rft.__main__",
+    6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
+    "rft.doctor rft.baseline",
+    7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
+    "rft.preflight rft.regrade rft.show rft.transcript",
+    8: "rft.job rft.ui",
+    9: "rft.server",
+    10: "rft.cli",
+    11: "rft.__main__",
 }
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-FOLDERS = {"rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers", "rft.server"}  # listed as a whole
+FOLDERS = {  # listed as a whole
+    *("rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers", "rft.doctor", "rft.baseline"),
+    *("rft.compare", "rft.ui", "rft.server", "rft.cli"),
+}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in ("rft", *(f"rft/{link}" for link in ("envs", "graders", "trainers")))

@@ -109,4 +109,4 @@ def test_wheel_holds_the_linked_folders(tmp_path: Path) -> None:
     modules = [path.relative_to(ROOT) for name in FOLDERS for path in (ROOT / "rft" / name).rglob("*.py")]
     assert {path.as_posix() for path in modules} <= held
     assert not any(name.split("/")[0] in FOLDERS for name in held), "loose top-level packages"
-    assert "rft/cli.py" in held
+    assert "rft/cli/__init__.py" in held

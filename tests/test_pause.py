@@ -142,7 +142,7 @@ def test_asked_before_it_starts_it_pauses_before_it_samples(tmp_path: Path, caps
     assert list(store.rollouts()) == [] and not store.is_done
     assert "paused" in str(live_view(store)) and status(store) == "paused"
     with pytest.raises(UserError, match="this run is paused, nobody trains it now"):
-        from rft.cli import pause
+        from rft.cli.training import pause
 
         pause(store.path)
     run_job(config, run_id="r", resume=True)
@@ -177,7 +177,7 @@ def test_a_warmup_pauses_with_its_weights_and_then_does_it_again(tmp_path: Path)
 
 
 def test_the_command_asks_a_run_that_is_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rft.cli import pause
+    from rft.cli.training import pause
 
     with RunStore.create(tmp_path, "r", {}) as store:
         store.write_state({"status": "running", "step": 1, "steps": 3})
@@ -187,7 +187,7 @@ def test_the_command_asks_a_run_that_is_at_work(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_folder_of_runs_is_refused(tmp_path: Path) -> None:
-    from rft.cli import pause
+    from rft.cli.training import pause
 
     RunStore.create(tmp_path, "r", {}).close()
     with pytest.raises(UserError, match="this is a folder of runs"):

@@ -1,0 +1,45 @@
+"""Commands that serve until they are interrupted: tools, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def tools(
+    task: Annotated[str, typer.Argument(help="a task of rft.envs.tasks, or package.module:NAME")],
+    port: Annotated[int, typer.Option(help="0 lets the system choose")] = 8765,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+) -> None:
+    """Serve a Python task's tools over HTTP under the Agent RFT contract."""
+    from rft.envs.serve import serve
+    from rft.envs.tasks import load_task
+
+    serve(load_task(task), host, port)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="a YAML file, e.g. configs/server.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. port=8001")] = None,
+    create_key: Annotated[bool, typer.Option("--create-key", help="make an API key, print it, and end")] = False,
+    project: Annotated[str, typer.Option(help="with --create-key: whose key it is")] = "proj_default",
+    is_admin: Annotated[
+        bool, typer.Option("--admin", help="with --create-key: it may give projects access to checkpoints")
+    ] = False,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="serve without keys, on loopback only")] = False,
+) -> None:
+    """Serve OpenAI's fine-tuning API: existing code needs OPENAI_BASE_URL and a key, and nothing else."""
+    from rft.server import serve as server
+    from rft.server.settings import load_server_config
+
+    parsed = load_server_config(config, overrides)
+    if create_key:
+        typer.echo(server.create_key(parsed, project, is_admin=is_admin))
+        return
+    server.serve(parsed, has_auth=not no_auth, on_ready=lambda url: typer.echo(f"serving {url}"))
