@@ -30,7 +30,16 @@ FLOORS = {
 }
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = {  # listed as a whole
-    *("rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers", "rft.doctor", "rft.baseline"),
+    *(
+        "rft.config",
+        "rft.envs",
+        "rft.graders",
+        "rft.engines",
+        "rft.sandbox",
+        "rft.trainers",
+        "rft.doctor",
+        "rft.baseline",
+    ),
     *("rft.compare", "rft.ui", "rft.server", "rft.cli"),
 }
 MODULES = {
