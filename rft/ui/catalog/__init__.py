@@ -22,7 +22,7 @@ from rft.types import Split
 from rft.ui.catalog import indexing, query
 from rft.ui.catalog.database import OFFSET_BITS, Database, is_busy
 from rft.ui.catalog.entries import COLUMNS, as_line
-from rft.ui.catalog.indexing import StepFile
+from rft.ui.catalog.files import MAX_STEP, StepFile, StepFiles
 from rft.ui.catalog.query import Condition, Filters
 from rft.ui.catalog.searching import places_with
 from rft.ui.schema import Choices, RolloutLine, RolloutPage
@@ -34,6 +34,7 @@ logger = logging.getLogger("rft.ui")
 
 _BUDGET_S = 0.2  # of a request
 _CHUNK_S = 0.1  # of a transaction: so long do other processes wait at most
+_LIST_EVERY_S = 1.0
 _TIMEOUT_S = 5.0
 _YIELD_S = 0.5  # the longest that the thread lets requests go first at once
 _MAX_TOOLS = 100
@@ -53,6 +54,7 @@ class Catalog:
 
     def __init__(self, store: RunStore) -> None:
         self._folder = store.rollout_folder
+        self._files = StepFiles(self._folder)
         self._database = Database(store.path)
         self._writing = threading.Lock()
         self._asking = threading.Condition()
@@ -87,7 +89,7 @@ class Catalog:
             tools = database.execute(
                 "SELECT tool FROM calls GROUP BY tool ORDER BY count(*) DESC, tool LIMIT ?", (_MAX_TOOLS,)
             )
-            steps = [file.step for file in indexing.step_files(self._folder) if file.size]
+            steps = [file.step for file in self._files.look() if file.size]
             splits: list[Split] = ["train", "validation", "test"]
             return Choices(
                 steps=(min(steps), max(steps)) if steps else None,
@@ -138,7 +140,7 @@ class Catalog:
             for is_last in (False, True):
                 try:
                     with self._database.connected(_TIMEOUT_S) as database:
-                        return ask(database, self._refresh(database, steps or (0, indexing.MAX_STEP)))
+                        return ask(database, self._refresh(database, steps or (0, MAX_STEP)))
                 except sqlite3.Error as error:
                     if is_busy(error) or is_last:
                         raise StorageError(f"the index of rollouts cannot be read: {error}", cure="try again") from None
@@ -184,7 +186,7 @@ class Catalog:
     def _refresh(self, database: sqlite3.Connection, steps: tuple[int, int]) -> float:
         """Read what is new of those steps within the budget, a thread the rest; the share of them that is read."""
         deadline = time.monotonic() + _BUDGET_S
-        files = list(indexing.step_files(self._folder))
+        files = self._files.look()
         wanted = [file for file in files if steps[0] <= file.step < steps[1]]
         known = indexing.known_files(database)
         gone = known.keys() - {file.step for file in files}
@@ -215,7 +217,7 @@ class Catalog:
         try:
             indexing.forget(database, gone)
             known = indexing.known_files(database)
-            for file in sorted(_stale(files, known), key=lambda file: -file.step):
+            for file in _stale(files, known):
                 indexing.read_on(database, file, is_time_up)
                 if is_time_up():
                     break
@@ -233,21 +235,25 @@ class Catalog:
     def _read_the_rest(self) -> None:
         """Until everything is read or `close`; whoever asks goes first."""
         try:
-            while not self._is_closed and self._read_some():
-                with self._asking:
-                    self._asking.wait_for(lambda: self._num_asking == 0, _YIELD_S)
+            while not self._is_closed and (files := self._unread()):
+                self._read_chunks(files)
         except (sqlite3.Error, StorageError, OSError) as error:  # the next question says it, or makes the file anew
             logger.warning("indexing the rollouts of %s ended: %s", self._folder, error)
 
-    def _read_some(self) -> bool:
-        """One transaction; False when nothing was left to read."""
-        deadline = time.monotonic() + _CHUNK_S
-        with self._writing, self._database.connected(_TIMEOUT_S) as database:
-            files = list(indexing.step_files(self._folder))
-            if not _stale(files, indexing.known_files(database)):
-                return False
-            self._read(database, files, (), lambda: self._num_asking > 0 or time.monotonic() > deadline)
-        return True
+    def _unread(self) -> list[StepFile]:
+        with self._database.connected(_TIMEOUT_S) as database:
+            return _stale(self._files.look(), indexing.known_files(database))
+
+    def _read_chunks(self, files: list[StepFile]) -> None:
+        """Some transactions, until it is time to look at what is on disk again."""
+        until = time.monotonic() + _LIST_EVERY_S
+        while not self._is_closed and files and time.monotonic() < until:
+            with self._asking:
+                self._asking.wait_for(lambda: self._num_asking == 0, _YIELD_S)
+            deadline = time.monotonic() + _CHUNK_S
+            with self._writing, self._database.connected(_TIMEOUT_S) as database:
+                self._read(database, files, (), lambda: self._num_asking > 0 or time.monotonic() > deadline)
+                files = _stale(files, indexing.known_files(database))
 
 
 def _stale(files: list[StepFile], known: dict[int, tuple[int, int]]) -> list[StepFile]:

@@ -1,13 +1,16 @@
 """The catalog's SQLite file: its tables, and connections to it.
 
-A cache: what is broken or of another version is made anew. One connection per use and thread. A rollback
-journal and not WAL, which cannot be shared over a network's file system.
+A cache: what is broken or of another version is made anew. One connection per use and thread.
+A rollback journal and not WAL, which cannot be shared over a network's file system. Nothing is flushed to disk, which
+would make the run wait for its own writes: what this machine wrote before it last started is made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +36,10 @@ CREATE TABLE rollouts (
 );
 CREATE TABLE calls (tool TEXT NOT NULL, place INTEGER NOT NULL, PRIMARY KEY (tool, place)) WITHOUT ROWID;
 CREATE TABLE texts (place INTEGER PRIMARY KEY, places BLOB NOT NULL, ends BLOB NOT NULL, text BLOB NOT NULL);
+CREATE TABLE writer (host TEXT NOT NULL, boot TEXT NOT NULL);
 PRAGMA user_version = {VERSION};
 """
+_PRAGMAS = "PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;"
 
 
 class Database:
@@ -89,16 +94,30 @@ def is_busy(error: sqlite3.Error) -> bool:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    connection.executescript("PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -16000;")
-    if _version(connection) == VERSION:
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    if _version(connection) == 0:  # nobody was faster
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-    connection.execute("COMMIT")
+    """Make the tables unless they are there. Raises sqlite3.Error for a file that cannot be trusted."""
+    connection.executescript(_PRAGMAS)
+    if _version(connection) == 0:
+        connection.execute("BEGIN IMMEDIATE")
+        if _version(connection) == 0:  # nobody was faster
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            connection.execute("INSERT INTO writer VALUES (?, ?)", _writer())
+        connection.execute("COMMIT")
     if _version(connection) != VERSION:
         raise sqlite3.DatabaseError("it is of another version")
+    host, boot = connection.execute("SELECT host, boot FROM writer").fetchone()
+    if host == _writer()[0] and boot != _writer()[1]:
+        raise sqlite3.DatabaseError("this machine was started anew since it was made")
+
+
+@functools.cache
+def _writer() -> tuple[str, str]:
+    """This machine, and since when it runs."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:  # no Linux
+        boot = ""
+    return socket.gethostname(), boot
 
 
 def _version(connection: sqlite3.Connection) -> int:

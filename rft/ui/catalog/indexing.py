@@ -11,28 +11,17 @@ import sqlite3
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 from rft.ui.catalog.database import OFFSET_BITS
 from rft.ui.catalog.entries import COLUMNS, SPLITS, entry, text_of, tools_of
+from rft.ui.catalog.files import StepFile
 from rft.ui.growing import Mark, lines, mark_at, resume
 from rft.ui.record import RolloutRow, read_row
 
-MAX_STEP = 1 << (62 - OFFSET_BITS)
 _TEXT_BYTES = 1 << 20  # in one row of `texts`
 _EVERY = 32  # lines between two looks at the clock
 _INSERT = f"INSERT OR REPLACE INTO rollouts VALUES ({','.join('?' * len(COLUMNS))})"
-
-
-@dataclass(frozen=True, slots=True)
-class StepFile:
-    """A rollout file as it is on disk."""
-
-    step: int
-    path: Path
-    inode: int
-    size: int
 
 
 @dataclass(slots=True)
@@ -62,25 +51,6 @@ class _Batch:
             database.executemany("INSERT OR IGNORE INTO calls VALUES (?, ?)", self.calls)
             texts = (self.places[0], self.places.tobytes(), self.ends.tobytes(), b"".join(self.texts))
             database.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", texts)
-
-
-def step_files(folder: Path) -> Iterator[StepFile]:
-    """The rollout files of a run, in no order."""
-    try:
-        found = os.scandir(folder)
-    except FileNotFoundError:
-        return
-    with found:
-        for file in found:
-            stem, _, suffix = file.name.partition(".")
-            number = stem.removeprefix("step_")
-            if suffix != "jsonl" or number == stem or not number.isdecimal() or int(number) >= MAX_STEP:
-                continue
-            try:
-                status = file.stat()
-            except FileNotFoundError:  # moved aside meanwhile
-                continue
-            yield StepFile(int(number), Path(file.path), status.st_ino, status.st_size)
 
 
 def known_files(database: sqlite3.Connection) -> dict[int, tuple[int, int]]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 from rft.errors import UserError
 from rft.types import Record, Split
 from rft.ui.catalog.database import OFFSET_BITS
-from rft.ui.catalog.indexing import MAX_STEP
+from rft.ui.catalog.files import MAX_STEP
 
 MAX_LIMIT = 500
 _SORTS = {  # names of RolloutLine -> what is compared
