@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from rft.errors import StorageError
@@ -252,8 +253,11 @@ class Catalog:
                 self._asking.wait_for(lambda: self._num_asking == 0, _YIELD_S)
             deadline = time.monotonic() + _CHUNK_S
             with self._writing, self._database.connected(_TIMEOUT_S) as database:
-                self._read(database, files, (), lambda: self._num_asking > 0 or time.monotonic() > deadline)
+                self._read(database, files, (), partial(self._is_over, deadline))
                 files = _stale(files, indexing.known_files(database))
+
+    def _is_over(self, deadline: float) -> bool:
+        return self._num_asking > 0 or time.monotonic() > deadline
 
 
 def _stale(files: list[StepFile], known: dict[int, tuple[int, int]]) -> list[StepFile]:
@@ -272,6 +276,7 @@ def _lines(
     database: sqlite3.Connection, found: Condition, order: str, limit: int, value: str = "NULL"
 ) -> list[tuple[int, tuple[Any, ...], Any, int]]:
     """(step, what `as_line` takes, the value that is sorted by, place) of the first rows in that order."""
-    statement = f"SELECT {_LINE}, {value} FROM rollouts WHERE {found.sql} ORDER BY {order} LIMIT ?"
+    chosen = f"SELECT place FROM rollouts WHERE {found.sql} ORDER BY {order} LIMIT ?"  # without wide columns: faster
+    statement = f"SELECT {_LINE}, {value} FROM rollouts WHERE place IN ({chosen}) ORDER BY {order}"
     rows = database.execute(statement, [*found.values, limit]).fetchall()
     return [(row[0] >> OFFSET_BITS, row[1:-1], row[-1], row[0]) for row in rows]

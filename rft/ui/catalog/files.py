@@ -1,4 +1,4 @@
-"""The rollout files of a run on disk. Looks at all of them when the folder changed or a while ago, else at the newest."""
+"""The rollout files of a run on disk. All are looked at when the folder changed and now and then, else the newest."""
 
 from __future__ import annotations
 
