@@ -89,15 +89,15 @@ def condition(filters: Filters) -> Condition:
         found.add("place >= ? AND place < ?", low << OFFSET_BITS, high << OFFSET_BITS)
     for column, value in (("split", filters.split), ("item_id", filters.item), ("stop_reason", filters.stop)):
         if value:
-            found.add(f"{column} = ?", _encodable(value))
+            found.add(f"{column} = ?", value)
     if filters.grade_min is not None:
         found.add("grade >= ?", filters.grade_min)
     if filters.grade_max is not None:
         found.add("grade <= ?", filters.grade_max)
     if filters.tool:
-        found.add("place IN (SELECT place FROM calls WHERE tool = ?)", _encodable(filters.tool))
+        found.add("place IN (SELECT place FROM calls WHERE tool = ?)", filters.tool)
     if filters.error:
-        found.add("instr(errors, ?) > 0", _encodable(filters.error.casefold()))
+        found.add("instr(errors, ?) > 0", filters.error.casefold())
     return found
 
 
@@ -141,7 +141,3 @@ def sort_column(sort: str) -> str:
 def _expression(sort: str) -> tuple[str, str]:
     name = sort.removeprefix("-")
     return _SORTS[name] or name, "DESC" if sort.startswith("-") else "ASC"
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
