@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rft.errors import RftError, StorageError
+from rft.errors import StorageError
 from rft.files import parsed
 from rft.live import Live, live_lines
 from rft.redaction import without_any_secret
@@ -115,25 +115,23 @@ def _watched(store: RunStore) -> Iterator[Path]:
 def _status(store: RunStore) -> str:
     try:
         return status(store)
-    except (RftError, AttributeError, TypeError):  # state.json is no object
+    except StorageError:  # the run's page says so
         return "unknown"
 
 
 def _config(store: RunStore) -> tuple[dict[str, Any], str | None]:
     """The config, and what is wrong with it."""
     try:
-        found = store.config()
+        return store.config(), None
     except StorageError as error:
         return {}, error.problem
-    return (found, None) if isinstance(found, dict) else ({}, "config.json is no object")
 
 
 def _state(store: RunStore) -> tuple[dict[str, Any], str | None]:
     try:
-        found = store.read_state()
+        return store.read_state(), None
     except StorageError as error:
         return {}, error.problem
-    return (found, None) if isinstance(found, dict) else ({}, "state.json is no object")
 
 
 def _grades(columns: Columns, config: dict[str, Any]) -> tuple[Kind, Split | None, list[float | None]]:
@@ -204,7 +202,7 @@ def _doing(store: RunStore, state: str) -> tuple[list[str], str | None]:
     try:
         found = store.read_live()
         return (live_lines(Live.model_validate(found)) if found else ["nothing was sampled yet"]), None
-    except (ValidationError, KeyError, TypeError, ValueError):
+    except (ValidationError, KeyError):  # live_lines reads the engine's load by name
         return [], "live.json is not what this version of rft writes"
     except StorageError as error:
         return [], error.problem

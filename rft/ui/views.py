@@ -159,10 +159,9 @@ def _prompt(row: RolloutRow, load: Callable[[], Tokenizer]) -> str:
 
 def _config(store: RunStore) -> dict[str, Any]:
     try:
-        found = store.config()
+        return store.config()
     except StorageError:  # the run's page says so
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read(store: RunStore, place: Place) -> RolloutRow | None:
