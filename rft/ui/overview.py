@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,17 @@ _ACTIVE = ("starting", "running")
 _FILES = ("config.json", "state.json", "metrics.jsonl", "events.jsonl", "live.json", "DONE", "PAUSE", ".lock")
 
 
-def run_line(runs: Runs, known: Known, columns: Columns | None) -> RunLine:
-    """columns: of the run's metrics; None for a job that has not run yet."""
+@dataclass(frozen=True, slots=True)
+class Grades:
+    """What the metrics say of a run in a list."""
+
+    kind: Kind  # unknown: they have no row yet
+    split: Split | None
+    values: list[float | None]
+
+
+def run_line(runs: Runs, known: Known, grades: Grades | None) -> RunLine:
+    """grades: None for a job that has not run yet."""
     name = known.job.model if known.job is not None else known.id
     queued = RunLine(
         id=known.id,
@@ -46,23 +56,23 @@ def run_line(runs: Runs, known: Known, columns: Columns | None) -> RunLine:
         actions=runs.actions(known),
         started_at=known.job.created_at if known.job is not None else None,
     )
-    if known.store is None or columns is None:
+    if known.store is None or grades is None:
         return queued
     config, problem = _config(known.store)
     state, found = _state(known.store)
     problem = problem or found
-    kind, split, grades = columns.read(lambda numbers: _grades(numbers, config))
+    begun: Kind = "warmup" if config.get("warmup") else "training"
     return queued.model_copy(
         update={
             "name": str(config.get("name") or known.id)[:200],
-            "kind": kind,
+            "kind": grades.kind if grades.kind != "unknown" else begun,
             "status": known.job.status if known.job is not None else _status(known.store),
             "step": _count(state.get("step")),
             "steps": _count(state.get("steps")),
             "started_at": _started_at(known.store) or queued.started_at,
             "updated_at": _updated_at(known.store),
-            "split": split,
-            "grades": grades,
+            "split": grades.split,
+            "grades": grades.values,
             "problem": problem,
         }
     )
@@ -134,21 +144,17 @@ def _state(store: RunStore) -> tuple[dict[str, Any], str | None]:
         return {}, error.problem
 
 
-def _grades(columns: Columns, config: dict[str, Any]) -> tuple[Kind, Split | None, list[float | None]]:
-    """What the run is, and its grades: of the validation split where that was evaluated more than once."""
-    kinds = columns.kinds()
-    kind: Kind = "training"
-    if "warmup" in kinds or (not kinds and config.get("warmup")):
-        kind = "warmup"
-    elif "training" not in kinds and kinds:
-        kind = "sampling" if "sampling" in kinds else "evaluation"
+def grades_of(columns: Columns) -> Grades:
+    """What the run is, and its grades: of the validation split where that was evaluated."""
+    kinds: tuple[Kind, ...] = ("warmup", "training", "sampling", "evaluation")
+    kind: Kind = next((kind for kind in kinds if kind in columns.kinds()), "unknown")
     evaluated = columns.table("evaluation", "validation").series("grade")[1]
     trained = columns.table("training").series("train/grade")[1] or columns.table("sampling").series("train/grade")[1]
     tested = columns.table("evaluation", "test").series("grade")[1]
     candidates: list[tuple[Split, list[float]]] = [("validation", evaluated), ("train", trained), ("test", tested)]
     split, values = next(((split, values) for split, values in candidates if values), (None, []))
     chosen = [values[index] for index in thinned(values, _NUM_GRADES)]
-    return kind, split, [value if value - value == 0 else None for value in chosen]
+    return Grades(kind, split, [value if value - value == 0 else None for value in chosen])
 
 
 def _count(value: object) -> int | None:

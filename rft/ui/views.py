@@ -5,6 +5,7 @@ Used from several threads. `views_of` is what routes ask for.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from rft.ui.columns import Columns
 from rft.ui.data_rows import find_row
 from rft.ui.detokenizing import Tokenizers, text_of
 from rft.ui.errors import Missing
+from rft.ui.overview import Grades, grades_of
 from rft.ui.record import RolloutRow, decoded, read_row
 from rft.ui.schema import Charts, RolloutLine, TextPart, Tokens, Trace
 from rft.ui.tokens import tokens_of
@@ -36,6 +38,7 @@ T = TypeVar("T")
 _MAX_RUNS = 64  # whose index is at hand: little is kept of one
 _MAX_COLUMNS = 32  # runs whose numbers are in memory, a few MB each
 _MAX_CHARTS = 8
+_MAX_GRADES = 1_000  # lines of the list of runs
 
 
 class Kept(Generic[T]):
@@ -84,6 +87,7 @@ class Views:
         self._catalogs = Kept[Catalog](_MAX_RUNS, lambda catalog: catalog.close())
         self._columns = Kept[Columns](_MAX_COLUMNS)
         self._charts = Kept[Charts](_MAX_CHARTS)
+        self._grades = Kept[Grades](_MAX_GRADES)
         self._tokenizers = Tokenizers()
 
     def close(self) -> None:
@@ -95,6 +99,16 @@ class Views:
 
     def columns(self, store: RunStore) -> Columns:
         return self._columns.get(store.path, lambda: Columns(store.path / "metrics.jsonl"))
+
+    def grades(self, store: RunStore) -> Grades:
+        """For the list of runs, which may be longer than what is kept of numbers."""
+        path = store.path / "metrics.jsonl"
+        try:
+            found = path.stat()
+        except OSError:
+            return Grades("unknown", None, [])
+        key = (path, found.st_ino, found.st_size, found.st_mtime_ns)
+        return self._grades.get(key, lambda: self.columns(store).read(grades_of))
 
     def charts(self, store: RunStore, points: int) -> Charts:
         def build(columns: Columns) -> Charts:
@@ -125,6 +139,11 @@ class Views:
     def text(self, store: RunStore, rollout_id: str, ref: str, offset: int) -> TextPart:
         """Raises Missing."""
         return text_part(self.find(store, rollout_id).row, ref, offset, self._sources(store))
+
+    def warm(self, store: RunStore) -> None:
+        """Load the tokenizer that traces of the run need; where that fails, they say it."""
+        with contextlib.suppress(UserError, OSError):
+            self._tokenizers.of_run(store.path, _config(store))
 
     def _group(self, store: RunStore, found: Found) -> list[RolloutLine]:
         line = found.line

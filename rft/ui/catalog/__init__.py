@@ -1,7 +1,7 @@
 """The index of a run's rollouts: what the table shows, filters, sorts and searches, without reading the rollouts again.
 
 A cache beside the run that can be deleted at any time. Whoever asks brings it up to date, newest steps first and for a
-quarter of a second at most; a thread goes on with the rest. The run itself does nothing for it and never waits.
+fraction of a second at most; a thread goes on with the rest. The run itself does nothing for it and never waits.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ __all__ = ["Catalog", "Filters", "Place"]
 T = TypeVar("T")
 logger = logging.getLogger("rft.ui")
 
-_BUDGET_S = 0.2  # of a request
+_BUDGET_S = 0.15  # of a request
 _CHUNK_S = 0.1  # of a transaction: so long do other processes wait at most
 _LIST_EVERY_S = 1.0
 _TIMEOUT_S = 5.0
+_BUSY_MS = 100  # that a question waits for another process that writes
 _YIELD_S = 0.5  # the longest that the thread lets requests go first at once
 _MAX_TOOLS = 100
 _LINE = ", ".join(COLUMNS[:-1])
@@ -88,7 +89,8 @@ class Catalog:
         def ask(database: sqlite3.Connection, share: float) -> Choices:
             kinds = database.execute("SELECT split, stop_reason, count(*) FROM rollouts GROUP BY 1, 2").fetchall()
             tools = database.execute(
-                "SELECT tool FROM calls GROUP BY tool ORDER BY count(*) DESC, tool LIMIT ?", (_MAX_TOOLS,)
+                "SELECT tool FROM calls WHERE tool <> '' GROUP BY tool ORDER BY count(*) DESC, tool LIMIT ?",
+                (_MAX_TOOLS,),
             )
             steps = [file.step for file in self._files.look() if file.size]
             splits: list[Split] = ["train", "validation", "test"]
@@ -210,11 +212,14 @@ class Catalog:
     ) -> None:
         """One transaction, newest steps first. Nothing happens while another process is at it."""
         try:
+            database.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
             database.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if is_busy(error):
                 return
             raise
+        finally:
+            database.execute(f"PRAGMA busy_timeout = {_TIMEOUT_S * 1e3:.0f}")
         try:
             indexing.forget(database, gone)
             known = indexing.known_files(database)

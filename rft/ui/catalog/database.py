@@ -39,7 +39,7 @@ CREATE TABLE texts (place INTEGER PRIMARY KEY, places BLOB NOT NULL, ends BLOB N
 CREATE TABLE writer (host TEXT NOT NULL, boot TEXT NOT NULL);
 PRAGMA user_version = {VERSION};
 """
-_PRAGMAS = "PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;"
+_PRAGMAS = "PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
 
 
 class Database:

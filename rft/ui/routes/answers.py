@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
+from starlette.background import BackgroundTask
 
 from rft.files import finite
 from rft.store import RunStore
@@ -51,9 +52,11 @@ StoreDep = Annotated[RunStore, Depends(store_of)]
 ViewsDep = Annotated[Views, Depends(_views)]
 
 
-async def answered(work: Callable[[], BaseModel]) -> Response:
-    """What `work` finds, as JSON; both made in a thread."""
-    return Response(await asyncio.to_thread(lambda: as_json(work())), media_type="application/json")
+async def answered(work: Callable[[], BaseModel], then: Callable[[], None] | None = None) -> Response:
+    """What `work` finds, as JSON; both made in a thread. `then` is called in one when the answer is sent."""
+    background = BackgroundTask(then) if then is not None else None
+    body = await asyncio.to_thread(lambda: as_json(work()))
+    return Response(body, media_type="application/json", background=background)
 
 
 def as_json(found: BaseModel) -> str:

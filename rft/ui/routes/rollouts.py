@@ -16,7 +16,8 @@ router = APIRouter()
 
 @router.get("/runs/{run}/rollouts", response_model=RolloutPage)
 async def list_rollouts(store: StoreDep, views: ViewsDep, filters: Annotated[Filters, Query()]) -> Response:
-    return await answered(lambda: views.catalog(store).page(filters))
+    """Who sees the table opens a trace next."""
+    return await answered(lambda: views.catalog(store).page(filters), then=lambda: views.warm(store))
 
 
 @router.get("/runs/{run}/choices", response_model=Choices)

@@ -36,4 +36,4 @@ async def show_revision(known: KnownDep) -> Response:
 
 
 def line_of(runs: Runs, known: Known, views: Views) -> RunLine:
-    return run_line(runs, known, views.columns(known.store) if known.store is not None else None)
+    return run_line(runs, known, views.grades(known.store) if known.store is not None else None)
