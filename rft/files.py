@@ -141,7 +141,9 @@ def free_name(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises StorageError."""
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} cannot be read: {error}", cure="restore the file") from None
     return value

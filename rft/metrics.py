@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rft.breakdown import breakdown, num_reasoning_tokens
+from rft.percentiles import percentile_metrics
 from rft.types import Grade, Group, Rollout, StopReason
 
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
@@ -51,7 +52,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Every measure as `name` and `name_ci95`; of all rollouts that ended, discarded ones too, `stop/reason` shares.
 
     Shadow grades are `shadow/name`, a multi grader's parts `part/key`, what grading took and met `grader/...`. Numbers
-    per part, judge model and tool are those of rft/breakdown.py.
+    per part, judge model and tool are those of rft/breakdown.py, percentiles those of rft/percentiles.py.
     """
     row: dict[str, float] = {}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -73,6 +74,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "num_discarded": sum(group.num_discarded for group in groups),
         **_grader_metrics(grades),
         **breakdown(groups),
+        **percentile_metrics(groups),
         "forks": sum(turn.is_fork for rollout in rollouts for turn in rollout.turns),
     }
 

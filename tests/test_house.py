@@ -42,7 +42,7 @@ def test_folders_refuse_the_wrong_name(name: str) -> None:
     assert f"this folder is the package rft.{name}: `import rft.{name}`, not `import {name}`" in result.stderr
 
 
-@pytest.mark.parametrize("module", ["rft", "rft.config", "rft.cli", "rft.server.app"])
+@pytest.mark.parametrize("module", ["rft", "rft.config", "rft.cli", "rft.server.app", "rft.ui.routes"])
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     result = python(f"import sys, {module}; print(*sorted(set({HEAVY.split()}) & set(sys.modules)))")
     assert result.returncode == 0, result.stderr
