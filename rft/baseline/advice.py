@@ -31,7 +31,7 @@ _CONSTANT_CURE = "make the grader finer: `rft grade run` tries it on one answer"
 
 
 class Advice(Record):
-    """`rollouts_per_item` = max(2, round(base_rollouts x compute_multiplier)); both null where training is not advised."""
+    """`rollouts_per_item` = max(2, round(base_rollouts x compute_multiplier)); both null without a training."""
 
     verdict: Verdict
     reason: str  # with the numbers

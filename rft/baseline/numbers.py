@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from pydantic import Field
+
 from rft.baseline.advice import Advice, Signs, advise
 from rft.baseline.chance import UselessChance, useless_chances
 from rft.breakdown import num_reasoning_tokens
@@ -47,7 +49,7 @@ class Baseline(Record):
     run_id: str = ""
     label: str = ""  # of the model
     split: str = ""
-    problems: list[str] = []  # why less is counted than there is
+    problems: list[str] = Field(default_factory=list)  # why less is counted than there is
     num_items: int
     num_rollouts: int  # graded
     num_discarded: int
