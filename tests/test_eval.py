@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from test_cli import rft
 from test_job import a_config, a_tree
 from upstream import Upstream, a_call, answering
 
+from rft.baseline.numbers import baseline_of
 from rft.config import RunConfig, validate_config
 from rft.engines.remote import RemoteConfig
 from rft.errors import EngineError, NoProgressError, UserError
@@ -28,16 +31,6 @@ from rft.types import StopReason
 
 CONSTANT = "def grade(sample, item):\n    return 0.0\n"
 RIGHT = "def grade(sample, item):\n    return float('41' in sample['output_text'])\n"
-ADDING = '''
-def add(a: int, b: int) -> int:
-    """Add two numbers.
-
-    Args:
-        a: the first
-        b: the second
-    """
-    return a + b
-'''
 
 
 def evaluations(store: RunStore) -> list[dict[str, Any]]:
@@ -133,16 +126,15 @@ def test_killed_and_resumed_keeps_the_rollouts_that_had_ended(tmp_path: Path) ->
 
 
 def a_remote_config(tmp_path: Path, **sections: Any) -> RunConfig:
-    """Questions with a tool that adds; no model folder is needed."""
-    (tmp_path / "tools.py").write_text(ADDING)
-    row = {"messages": [{"role": "developer", "content": "Add."}, {"role": "user", "content": "40 + 1"}]}
+    """Questions with a tool that counts; no model folder is needed."""
+    row = {"messages": [{"role": "developer", "content": "Count."}, {"role": "user", "content": "to 41"}]}
     (tmp_path / "sums.jsonl").write_text((json.dumps(row) + "\n") * 3)
     tree: dict[str, Any] = {
         "name": "sums",
         "runs_dir": str(tmp_path / "runs"),
         "model": {"path": str(tmp_path / "no-such-model")},
         "data": {"train": str(tmp_path / "sums.jsonl"), "test": str(tmp_path / "sums.jsonl")},
-        "environment": {"type": "python", "module": str(tmp_path / "tools.py"), "functions": ["add"]},
+        "environment": {"type": "functions", "functions": ["world:count"]},
         "grader": {"type": "python", "source": RIGHT},
         "rollout": {"max_turns": 4, "max_tokens_per_turn": 50},
         "training": {"steps": 1},
@@ -157,27 +149,28 @@ def measured(config: RunConfig, url: str, samples: int = 1, **remote: Any) -> Ru
 
 def test_parallel_calls_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-secret")
-    calls = [a_call("add", "same", a=40, b=1), a_call("add", "same", a=1, b=1), a_call("nope", "x")]
-    upstream = Upstream(
-        {"content": None, "tool_calls": calls}, {"content": "41", "reasoning_content": "I add and think"}
-    )
+    calls = [a_call("count", "same", by=41), a_call("count", "same", by=2), a_call("nope", "x")]
+    upstream = Upstream({"content": None, "tool_calls": calls}, {"content": "41", "reasoning_content": "I count on"})
     with answering(upstream) as url:
-        config = a_remote_config(tmp_path, rollout={"max_turns": 4, "max_concurrent": 1})
-        one = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"test_items": 1})})
-        store = measured(one, url, api_key_env="SOME_KEY")
+        config = a_remote_config(
+            tmp_path,
+            rollout={"max_turns": 4, "max_tokens_per_turn": 50, "max_concurrent": 1},
+            evaluation={"test_items": 1},
+        )
+        store = measured(config, url, api_key_env="SOME_KEY")
     (rollout,) = store.rollouts(0, "test")
     assert rollout.stop_reason is StopReason.ANSWERED and rollout.output_text == "41"
     assert rollout.grade is not None and rollout.grade.score == 1.0
     outputs = [(call.name, result.output if result else None) for call, result in rollout.tool_calls]
-    assert outputs[:2] == [("add", "41"), ("add", "2")]
+    assert outputs[:2] == [("count", "41"), ("count", "2")]
     assert rollout.tool_calls[2][0].error is not None
     assert len({call.call_id for call, _ in rollout.tool_calls}) == 3, "ids of ours, whatever the server says"
     assert [turn.usage.completion_tokens for turn in rollout.turns if turn.usage] == [5, 5]
     assert rollout.num_sampled_tokens == 10 and rollout.sequences == []
-    assert rollout.turns[1].message.reasoning == "I add and think" and rollout.turns[1].reasoning_tokens == 4
+    assert rollout.turns[1].message.reasoning == "I count on" and rollout.turns[1].reasoning_tokens == 4
     first, second = upstream.bodies
     assert [message["role"] for message in first["messages"]] == ["system", "user"]
-    assert first["max_completion_tokens"] == 512 and first["tools"][0]["function"]["name"] == "add"
+    assert first["max_completion_tokens"] == 50 and first["tools"][0]["function"]["name"] == "count"
     assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", *["tool"] * 3]
     sent = [call["id"] for call in second["messages"][2]["tool_calls"]]
     assert sent == [message["tool_call_id"] for message in second["messages"][3:]]
@@ -189,14 +182,40 @@ def test_parallel_calls_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not file.is_file() or b"sk-secret" not in file.read_bytes(), f"the key is in {file}"
 
 
-def test_a_failing_server_is_retried_and_a_wrong_key_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rft.engines.remote._RETRY.first_wait_s", 0.01) if False else None
+def test_a_failing_server_is_retried_and_a_wrong_key_ends_it(tmp_path: Path) -> None:
     upstream = Upstream(503, 429, {"content": "41"})
     with answering(upstream) as url:
         store = measured(a_remote_config(tmp_path, rollout={"max_concurrent": 1}), url)
     assert [rollout.output_text for rollout in store.rollouts()] == ["41"] * 3
     with answering(Upstream(401)) as url, pytest.raises(EngineError, match="HTTP 401"):
         measured(a_remote_config(tmp_path), url)
+
+
+class ShortUpstream(Upstream):
+    """Its context holds one turn."""
+
+    async def _answer(self, request: Request) -> Response:
+        body = await request.json()
+        if len(body["messages"]) > 2:
+            error = {"message": "This model's maximum context length is 8 tokens.", "code": "context_length_exceeded"}
+            return JSONResponse({"error": error}, status_code=400)
+        return await super()._answer(request)
+
+
+def test_a_full_context_and_a_malformed_call_are_the_models_doing(tmp_path: Path) -> None:
+    bad = a_call("count", "c")
+    bad["function"]["arguments"] = '{"by": '
+    config = a_remote_config(tmp_path, evaluation={"test_items": 1})
+    with answering(ShortUpstream({"content": "", "tool_calls": [bad]})) as url:
+        (rollout,) = measured(config, url).rollouts()
+    assert rollout.stop_reason is StopReason.MAX_TOKENS and rollout.grade is not None
+    ((call, result),) = rollout.tool_calls
+    assert call.error is not None and result is not None and result.is_error
+    with answering(upstream := Upstream({"content": "", "tool_calls": [bad]}, {"content": "41"})) as url:
+        (rollout,) = measured(config, url).rollouts()
+    assert rollout.stop_reason is StopReason.ANSWERED
+    sent = upstream.bodies[1]["messages"][2]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(sent) == {"malformed": '{"by": '}, "a server must be able to read what we send"
 
 
 def test_a_refused_request_costs_its_rollout_and_too_many_end_the_run(tmp_path: Path) -> None:
@@ -243,43 +262,53 @@ def judgement(store: RunStore) -> dict[str, Any]:
     return event
 
 
+SMALL = {"steps": 1, "items_per_step": 2, "base_rollouts": 4}
+NEVER = {"grader": {"type": "python", "source": CONSTANT}, "training": SMALL}
+
+
+def training_row(store: RunStore) -> dict[str, Any]:
+    (row,) = [row for row in store.metrics() if row["kind"] == "training"]
+    return row
+
+
 def test_a_training_says_what_its_first_groups_are_worth(tmp_path: Path) -> None:
-    store = RunStore.open(run_job(a_config(tmp_path, training={"steps": 1, "items_per_step": 2, "base_rollouts": 4})))
-    event = judgement(store)
-    assert event["level"] == "info" and "before the first update: 2 of 2 groups have signal" in event["message"]
+    store = RunStore.open(run_job(a_config(tmp_path, training=SMALL)))
+    event, row = judgement(store), training_row(store)
+    num_useful = row["groups/total"] - row["groups/no_signal"]
+    assert num_useful and event["level"] == "info" and event["data"]["useful"] == num_useful
+    assert f"before the first update: {num_useful} of 2 groups have signal" in event["message"]
+    assert baseline_of(store).varied == num_useful / 2, "the run folder says the same afterwards"
 
 
 def test_a_training_without_signal_is_warned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = a_config(tmp_path, grader={"type": "python", "source": CONSTANT}, training={"steps": 1})
-    store = RunStore.open(run_job(config))
+    store = RunStore.open(run_job(a_config(tmp_path, **NEVER)))
     event = judgement(store)
-    assert event["level"] == "warn" and "0 of 8 groups have signal" in event["message"]
-    assert event["data"]["verdict"] == "make the task easier"
+    assert event["level"] == "warn" and "0 of 2 groups have signal" in event["message"]
+    assert event["data"]["verdict"] in ("warm up first", "make the task easier")
     told = capsys.readouterr().out
-    assert "warning: before the first update: 0 of 8 groups have signal" in told and "cure: " in told
+    assert "warning: before the first update: 0 of 2 groups have signal" in told and "cure: " in told
 
 
 def test_a_strict_training_ends_before_its_first_update_and_can_go_on(tmp_path: Path) -> None:
-    config = a_config(tmp_path, grader={"type": "python", "source": CONSTANT}, training={"steps": 1})
-    with pytest.raises(UserError, match=r"0 of 8 groups have signal(.|\n)*make the task easier(.|\n)*--resume"):
-        run_job(config, run_id="strict", is_strict=True)
+    config = a_config(tmp_path, **NEVER)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"0 of 2 groups have signal(.|\n)*Verdict: (.|\n)*--resume"):
+            run_job(config, run_id="strict", resume=resume, is_strict=True)
     store = RunStore.open(tmp_path / "runs/strict")
     assert store.read_state()["status"] == "failed"
     assert not [row for row in store.metrics() if row["kind"] == "training"]
-    num_sampled = len(list(store.rollouts(1, "train")))
+    num_told = len(list(store.events()))
     run_job(config, run_id="strict", resume=True)
-    (row,) = [row for row in store.metrics() if row["kind"] == "training"]
-    assert row["rollouts/reused"] == num_sampled == 64
-    judgement(store)  # once: the resumed run does not judge again
+    assert training_row(store)["rollouts/reused"] == len(list(store.rollouts(1, "train"))) == 8
+    assert not any("groups have signal" in event["message"] for event in list(store.events())[num_told:])
 
 
 def test_a_resumed_and_a_replayed_training_judge_nothing(tmp_path: Path) -> None:
-    training = {"steps": 1, "items_per_step": 2, "base_rollouts": 4}
-    first = RunStore.open(run_job(a_config(tmp_path, training=training), run_id="first"))
-    more = a_config(tmp_path, training=training | {"steps": 2})
+    first = RunStore.open(run_job(a_config(tmp_path, training=SMALL), run_id="first"))
+    more = a_config(tmp_path, training=SMALL | {"steps": 2})
     run_job(more, run_id="first", resume=True)
     judgement(first)
-    replayed = RunStore.open(run_job(a_config(tmp_path, training=training), run_id="again", replay=first.path))
+    replayed = RunStore.open(run_job(a_config(tmp_path, training=SMALL), run_id="again", replay=first.path))
     assert not [event for event in replayed.events() if (event["data"] or {}).get("check") == "baseline"]
 
 

@@ -27,6 +27,7 @@ _CURES: dict[Verdict, str] = {
     "warm up first": "rft warmup with a few hundred demonstrations, then rft train --init-from that run",
     "already solved": "use harder items, or a stricter grader; there is nothing to gain on these",
 }
+_LIMITS_CURE = "raise the limits (rollout.max_tokens_per_turn, rollout.max_turns)"
 _CONSTANT_CURE = "make the grader finer: `rft grade run` tries it on one answer"
 
 
@@ -73,7 +74,8 @@ def advise(signs: Signs, chances: Sequence[UselessChance], base_rollouts: int) -
     never = f"{signs.all_lowest:.0%} of the items always get the lowest grade, {signs.lowest:g}"
     missing = _missing_form(signs)
     if missing:
-        return _advice("warm up first", f"{never}, and {missing}")
+        cure = f"{_LIMITS_CURE}, or {_CURES['warm up first']}" if signs.truncated_share > _MAX_TRUNCATED else ""
+        return _advice("warm up first", f"{never}, and {missing}", cure)
     return _advice("make the task easier", f"{never}, though the form is right")
 
 

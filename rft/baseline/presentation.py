@@ -91,7 +91,7 @@ def draw(baseline: Baseline) -> bytes:
     panel.plot(places, [item.maximum for item in items], "D", color=_BEST, markersize=4, fillstyle="none", label="best")
     advice = baseline.advice
     panel.set_title(
-        plain(f"{baseline.label}, {baseline.split}: {advice.verdict}"), fontsize=11, loc="left", parse_math=False
+        plain(f"{baseline.label}, {baseline.split} split. Verdict: {advice.verdict}"), fontsize=11, loc="left", parse_math=False
     )
     panel.set_ylabel("grade", fontsize=9)
     panel.set_xlabel("items, by mean grade", fontsize=9)
@@ -102,7 +102,7 @@ def draw(baseline: Baseline) -> bytes:
     panel.set_ylim(bottom=min(baseline.lowest, panel.get_ylim()[0]), top=max(baseline.highest * 1.05, 0.1))
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8, frameon=False)
+    panel.legend(fontsize=8, frameon=False, loc="upper left")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     return png.getvalue()

@@ -93,10 +93,10 @@ def _of_folder(path: Path, split: Split | None, as_json: bool) -> None:
 
     store = open_run(path)
     found = baseline_of(store, split)
-    write_baseline(store, found)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table(found))
-    console.print(f"baseline: {path / 'baseline.json'} and baseline.png", markup=False)
+    else:
+        Console(highlight=False, soft_wrap=True).print(table(found))
+    write_baseline(store, found)  # last: a folder that only may be read is still told of
+    if not as_json:
+        typer.echo(f"baseline: {path / 'baseline.json'} and baseline.png")
