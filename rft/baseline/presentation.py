@@ -91,7 +91,10 @@ def draw(baseline: Baseline) -> bytes:
     panel.plot(places, [item.maximum for item in items], "D", color=_BEST, markersize=4, fillstyle="none", label="best")
     advice = baseline.advice
     panel.set_title(
-        plain(f"{baseline.label}, {baseline.split} split. Verdict: {advice.verdict}"), fontsize=11, loc="left", parse_math=False
+        plain(f"{baseline.label}, {baseline.split} split. Verdict: {advice.verdict}"),
+        fontsize=11,
+        loc="left",
+        parse_math=False,
     )
     panel.set_ylabel("grade", fontsize=9)
     panel.set_xlabel("items, by mean grade", fontsize=9)

@@ -29,7 +29,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="the model's name at --url")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="the environment variable that holds the key")] = None,
     split: Annotated[Split, typer.Option(help="which rows")] = "test",
-    samples: Annotated[int, typer.Option(min=1, help="rollouts per item")] = 1,
+    samples: Annotated[int | None, typer.Option(min=1, help="rollouts per item; by default the config's")] = None,
     items: Annotated[
         int | None, typer.Option(min=1, help="how many; by default those that a training evaluates")
     ] = None,
@@ -52,7 +52,8 @@ def evaluate(
         remote.headers()  # a missing key is told before anything is loaded
     parsed = load_config(config, overrides)
     subject = subject_of(parsed, of, remote)
-    run_evaluation(parsed, subject, Extent(split, samples, items), run_id=run_id, resume=resume)
+    extent = Extent(split, samples or parsed.evaluation.rollouts_per_item, items)
+    run_evaluation(parsed, subject, extent, run_id=run_id, resume=resume)
 
 
 @app.command()
