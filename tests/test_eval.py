@@ -92,10 +92,29 @@ def test_what_cannot_be_measured_is_told_before_anything_is_loaded(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_was_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a kill leaves it: some rollouts, a torn line, no row and no DONE."""
+    config, extent = a_config(tmp_path), Extent("train", 2, 5)
+    store = RunStore.open(run_evaluation(config, subject_of(config), extent, run_id="cut"))
+    whole = {rollout.id: rollout for rollout in store.rollouts()}
+    lines = store.rollout_path(0).read_bytes().splitlines(keepends=True)
+    store.rollout_path(0).write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    (store.path / "metrics.jsonl").unlink()
+    (store.path / "DONE").unlink()
+    run_evaluation(config, subject_of(config), extent, run_id="cut", resume=True)
+    assert "going on: 4 finished rollouts are used" in capsys.readouterr().out
+    (row,) = evaluations(store)
+    assert (row["rollouts/reused"], row["num_rollouts"]) == (4, 10) and store.is_done
+    again = {rollout.id: rollout for rollout in store.rollouts()}
+    said = [{key: each.turns[0].output_ids for key, each in found.items()} for found in (whole, again)]
+    assert said[0] == said[1], "an item's rollouts have the same seeds"
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_keeps_the_rollouts_that_had_ended(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(a_tree(tmp_path)))
-    options = ["eval", str(path), "--split", "validation", "--samples", "8", "--items", "12", "--run-id", "killed"]
+    options = ["eval", str(path), "--split", "validation", "--samples", "6", "--items", "8", "--run-id", "killed"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rft", *options],
         stdout=subprocess.DEVNULL,
@@ -113,11 +132,11 @@ def test_killed_and_resumed_keeps_the_rollouts_that_had_ended(tmp_path: Path) ->
     before = {rollout.id: rollout for rollout in store.rollouts()}
     assert all(is_whole(rollout, "killed") for rollout in before.values())
     other = rft(*options, "--resume", "--samples", "4")
-    assert other.returncode == 2 and "num_samples was 8 when it was started, now it is 4" in other.stderr
+    assert other.returncode == 2 and "num_samples was 6 when it was started, now it is 4" in other.stderr
     resumed = rft(*options, "--resume", timeout_s=120)
     assert resumed.returncode == 0, resumed.stderr
     after = {rollout.id: rollout for rollout in store.rollouts()}
-    assert len(after) == 12 * 8 and before.items() <= after.items()
+    assert len(after) == 8 * 6 and before.items() <= after.items()
     (row,) = evaluations(store)
     assert row["rollouts/reused"] >= 3 and store.is_done
 
@@ -224,6 +243,17 @@ def test_a_refused_request_costs_its_rollout_and_too_many_end_the_run(tmp_path: 
     store = RunStore.open(tmp_path / "runs/sums-eval-001")
     assert store.read_state()["status"] == "failed"
     assert {rollout.stop_reason for rollout in store.rollouts()} >= {StopReason.ENGINE_FAILED}
+
+
+def test_the_command_measures_a_url(tmp_path: Path) -> None:
+    tree = a_remote_config(tmp_path, environment=None).model_dump(mode="json")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with answering(Upstream({"content": "41"})) as url:
+        result = rft("eval", str(path), "rollout.temperature=1", "--url", url, "--model", "gpt-x", "--items", "2")
+    assert result.returncode == 0, result.stderr
+    assert "test at step 0: grade 1.000" in result.stdout and "sums-eval-001" in result.stdout
+    assert RunStore.open(tmp_path / "runs/sums-eval-001").config()["rollout"]["temperature"] == 1
 
 
 def test_a_missing_key_and_half_a_place_are_user_errors(tmp_path: Path) -> None:

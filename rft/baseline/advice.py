@@ -17,7 +17,8 @@ _SOLVED = 0.95  # of the way from the lowest to the highest grade
 _MIN_USEFUL = 0.1  # of the groups, at the largest size that was looked at
 _MANY_USEFUL = 0.5
 _NEARLY_ALL = 0.8  # of what the largest groups make useful
-_MIN_GROUP = 4  # with fewer, the mean that a rollout is compared with says little
+# the squared advantages of a rollout are (n - 1) / n of the grades' variance on average: three quarters with 4
+_MIN_GROUP = 4
 _MIN_CALLING, _MAX_MALFORMED, _MAX_TRUNCATED = 0.5, 0.25, 0.5
 
 _CURES: dict[Verdict, str] = {

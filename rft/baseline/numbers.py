@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -90,7 +91,7 @@ def baseline_of(store: RunStore, split: Split | None = None) -> Baseline:
         raise UserError(f"the run has no rollouts of the split {chosen}", where=str(store.path), cure=cure)
     found = measure(rollouts, _base_rollouts(config), has_tools=bool(config.get("environment")))
     problems = [f"{num_unread} stored rollouts could not be read and are not counted"] if num_unread else []
-    label = str(state.get("label") or config.get("model", {}).get("path", ""))
+    label = str(state.get("label") or Path(str(config.get("model", {}).get("path", ""))).name)
     return found.model_copy(update={"run_id": store.run_id, "label": label, "split": chosen, "problems": problems})
 
 
