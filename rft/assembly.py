@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rft.config import RunConfig
-from rft.engines import Engine, build_engine
+from rft.engines import build_engine
+from rft.engines.remote import Sampler
 from rft.envs import Environment, build_environment
 from rft.envs.http import HttpEnvironment
 from rft.envs.serve import ToolServer
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Parts:
     """What a run samples with."""
 
-    engine: Engine
+    engine: Sampler
     environment: Environment | None
     grader: Grader
     shadow_graders: dict[str, Grader]
@@ -37,11 +38,16 @@ class Parts:
 
 
 async def build_parts(
-    config: RunConfig, store: RunStore, stack: AsyncExitStack, on_note: Callable[[str], None]
+    config: RunConfig,
+    store: RunStore,
+    stack: AsyncExitStack,
+    on_note: Callable[[str], None],
+    engine: Sampler | None = None,
 ) -> Parts:
     """Everything but the heavy: tools and grading endpoints are reached, python graders loaded, nothing is sampled.
 
     on_note: gets what a person should read: what protects graders, and later which server is down or back.
+    engine: what is sampled with; by default what the config names.
     """
     environment = await _build_environment(config, stack, on_note)
     judges = Judges(config.judges)
@@ -57,7 +63,7 @@ async def build_parts(
         notes |= dict.fromkeys(await grader.start())
     for note in notes:
         on_note(note)
-    engine = build_engine(config, store.engine_log)
+    engine = engine if engine is not None else build_engine(config, store.engine_log)
     stack.push_async_callback(engine.close)
     main = graders.pop("grader")
     shadows = dict(zip(config.shadow_graders, graders.values(), strict=True))

@@ -20,7 +20,7 @@ def breakdown(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "num_graded": len(grades),
         "num_sampled_tokens": sum(rollout.num_sampled_tokens for rollout in rollouts),
-        "num_prompt_tokens": sum(len(turn.input_ids) for rollout in rollouts for turn in rollout.turns),
+        "num_prompt_tokens": sum(rollout.num_prompt_tokens for rollout in rollouts),
         "num_reasoning_tokens": sum(num_reasoning_tokens(rollout) for rollout in rollouts),
         "unresponsive_share": fmean([float(not rollout.output_text.strip()) for rollout in rollouts] or [0.0]),
         **_parts(grades),
@@ -99,10 +99,11 @@ def _tools(groups: Sequence[Group]) -> dict[str, float]:
 def _answers(rollout: Rollout) -> tuple[int, int]:
     """How many answers of tools went into a prompt, and the tokens they took there, the template's included.
 
-    A fork renders the whole history again, so what it added is not known: its answers are left out.
+    Where a fork renders the whole history again, or a chat API does, what was added is not known: such answers are
+    left out.
     """
     num = tokens = 0
     for before, turn in zip(rollout.turns, rollout.turns[1:], strict=False):
-        if before.results and not turn.is_fork:
+        if before.results and not turn.is_fork and turn.usage is None:
             num, tokens = num + len(before.results), tokens + len(turn.input_ids)
     return num, tokens

@@ -111,6 +111,12 @@ def parse_calls(text: str, dialect: Dialect, item: Item, prefix: str) -> tuple[s
     return content, [_checked(raw, index, prefix, item) for index, raw in enumerate(found)]
 
 
+def read_call(name: str, arguments: str, item: Item, prefix: str, index: int) -> ToolCall:
+    """A call that a chat API has taken from the text already, with the id that `parse_calls` would give it."""
+    raw = _decode(arguments.strip() or "{}")
+    return _checked(_RawCall({"name": name, "arguments": raw.payload}, arguments, raw.error), index, prefix, item)
+
+
 def spell_calls(calls: list[ToolCall], dialect: Dialect) -> str:
     """Well-formed calls in the plainest text that `parse_calls` reads back."""
     if dialect == "llama3":

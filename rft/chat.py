@@ -109,12 +109,12 @@ class Chat:
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         for stop in self._stop_texts:
             text = text.removesuffix(stop)
-        reasoning, closed, answer = text.rpartition("</think>")
+        reasoning, answer = split_reasoning(text)
         content, calls = parse_calls(answer, self.dialect, item, call_prefix) if item.tools else (answer, [])
         return Message(
             role="assistant",
             content=content.strip(),
-            reasoning=reasoning.replace("<think>", "").strip() if closed else "",
+            reasoning=reasoning,
             tool_calls=calls,
         )
 
@@ -303,6 +303,12 @@ class Chat:
         specials = added | set(self.tokenizer.all_special_ids)
         tail = self._encode(text[text.rfind(marker) + len(marker) :])
         return next((token for token in tail if token in specials), int(self.tokenizer.eos_token_id))
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """What a thinking model wrote up to the last </think>, and what follows; ("", text) where there is none."""
+    reasoning, closed, answer = text.rpartition("</think>")
+    return (reasoning.replace("<think>", "").strip(), answer) if closed else ("", text)
 
 
 def tool_message(result: ToolResult) -> Message:

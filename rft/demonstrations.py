@@ -73,7 +73,7 @@ def demonstrations_of_run(store: RunStore, min_grade: float, chat: Chat) -> list
     found: dict[str, Demonstration] = {}
     best: float | None = None
     for rollout in store.rollouts(split="train"):
-        if rollout.grade is None or not rollout.num_sampled_tokens:
+        if rollout.grade is None or not any(turn.output_ids for turn in rollout.turns):
             continue
         best = rollout.grade.score if best is None else max(best, rollout.grade.score)
         if rollout.grade.score >= min_grade:

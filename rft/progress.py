@@ -40,12 +40,15 @@ class Phase:
 
 
 class Display:
-    """Draws phases and lines; `enabled=False` (every rank but the first) draws nothing."""
+    """Draws phases and lines; `enabled=False` (every rank but the first) draws nothing.
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    to_stderr: where standard output is for a result that a program reads.
+    """
+
+    def __init__(self, *, enabled: bool = True, to_stderr: bool = False) -> None:
         self.enabled = enabled
         self._labels: list[str] = []
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, stderr=to_stderr)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),

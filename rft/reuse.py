@@ -68,7 +68,7 @@ class Usable:
     splits: Collection[Split] = ()
 
     def __call__(self, rollout: Rollout) -> bool:
-        return self._is_wanted(rollout) and self._is_current(rollout) and self._is_whole(rollout)
+        return self._is_wanted(rollout) and self._is_current(rollout) and is_whole(rollout, self.run_id)
 
     def _is_wanted(self, rollout: Rollout) -> bool:
         if rollout.split == "train":
@@ -83,8 +83,10 @@ class Usable:
             oldest = rollout.step - 1 - self.staleness
         return oldest <= latest and all(oldest <= turn.policy_version <= latest for turn in rollout.turns)
 
-    def _is_whole(self, rollout: Rollout) -> bool:
-        place = (rollout.split, rollout.step, rollout.item_id, rollout.attempt)
-        if rollout.id != rollout_id(self.run_id, *place):  # the folder was renamed, or the row was edited
-            return False
-        return rollout.stop_reason.is_discarded or (rollout.grade is not None and rollout.grade.failure is None)
+
+def is_whole(rollout: Rollout, run_id: str) -> bool:
+    """Whether a stored rollout is the run's own, and its grader did not fail: graders may have been repaired."""
+    place = (rollout.split, rollout.step, rollout.item_id, rollout.attempt)
+    if rollout.id != rollout_id(run_id, *place):  # the folder was renamed, or the row was edited
+        return False
+    return rollout.stop_reason.is_discarded or (rollout.grade is not None and rollout.grade.failure is None)

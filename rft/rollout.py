@@ -1,8 +1,7 @@
 """ONE rollout: sample a turn, run its tool calls, append the results, until it ends; then grade it.
 
-Guarantees: always returns a Rollout with a StopReason; the ids sent to the engine are the ids recorded; the session
-is closed on every path. Failures of the world become the rollout's stop reason (it is discarded and has no grade);
-a dead engine and bugs propagate.
+Guarantees: always returns a Rollout with a StopReason; the session is closed on every path. Failures of the world
+become the rollout's stop reason (it is discarded and has no grade); a dead engine and bugs propagate.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from typing import Any
 
 from rft.chat import Chat, tool_message
 from rft.config import RolloutConfig
-from rft.engines import Engine, SamplingParams
+from rft.engines.remote import RemoteModel, Sampler
 from rft.envs import Environment, Session
 from rft.episode import Episode, an_episode
 from rft.errors import EngineError, GraderError, WorldError, attribute, first_cause
 from rft.graders import Grader
 from rft.graders.sample import sample_of
+from rft.speaker import MessageSpeaker, Speaker, TokenSpeaker
 from rft.types import Grade, Item, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn
 from rft.waits import Waits
 
@@ -39,10 +39,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What a rollout works with; shared by all rollouts of a run."""
+    """What a rollout works with; shared by all rollouts of a run. A remote model needs no `chat`."""
 
-    engine: Engine
-    chat: Chat
+    engine: Sampler
+    chat: Chat | None
     environment: Environment | None
     grader: Grader
     shadow_graders: dict[str, Grader]
@@ -53,11 +53,10 @@ class Workshop:
 
 @dataclass(slots=True)
 class _Conversation:
-    """The state of a rollout in flight; `context` is exactly what the engine has seen and said."""
+    """The state of a rollout in flight."""
 
     started: float
     item: Item  # with the environment's opening
-    context: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     episode: Episode | None = None  # None before it is open
@@ -116,16 +115,14 @@ async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversat
 async def _converse(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
     async with an_episode(workshop.environment, attempt.item, attempt.id, workshop.waits) as episode:
         conversation.episode, conversation.item = episode, episode.item
-        next_ids, is_fork = workshop.chat.first_prompt(episode.item), False
-        for index in range(workshop.limits.max_turns):
-            turn = await _sample_turn(attempt, workshop, conversation, next_ids, is_fork, index)
+        speaker = _speaker(attempt, workshop)
+        for _ in range(workshop.limits.max_turns):
+            turn = await _sample_turn(attempt, workshop, conversation, speaker)
             if turn is None or turn.finish_reason == "length":
                 return StopReason.MAX_TOKENS
             ending = await _respond(attempt, workshop, conversation, episode.session, turn)
             if ending is not None:
                 return ending
-            continuation = workshop.chat.continuation(episode.item, conversation.messages, turn.output_ids)
-            next_ids, is_fork = continuation.ids, continuation.is_fork
         raise AssertionError("the loop ends by returning")
 
 
@@ -177,43 +174,33 @@ def _turns_left(conversation: _Conversation, limits: RolloutConfig) -> int:
     return left
 
 
+def _speaker(attempt: Attempt, workshop: Workshop) -> Speaker:
+    temperature = workshop.limits.temperature
+    if isinstance(workshop.engine, RemoteModel):
+        return MessageSpeaker(workshop.engine, temperature, attempt.id)
+    assert workshop.chat is not None, "an engine is asked with ids"
+    return TokenSpeaker(workshop.engine, workshop.chat, workshop.max_model_len, temperature, attempt.id, attempt.seed)
+
+
 async def _sample_turn(
-    attempt: Attempt, workshop: Workshop, conversation: _Conversation, ids: list[int], is_fork: bool, index: int
+    attempt: Attempt, workshop: Workshop, conversation: _Conversation, speaker: Speaker
 ) -> Turn | None:
     """Sample one turn and append it; None when the context, or the rollout's tokens, leave no room for one."""
-    prompt = ids if is_fork else conversation.context + ids
-    max_tokens = min(workshop.limits.max_tokens_per_turn, workshop.max_model_len - len(prompt))
+    max_tokens = workshop.limits.max_tokens_per_turn
     if workshop.limits.max_tokens_per_rollout is not None:
-        num_sampled = sum(len(turn.output_ids) for turn in conversation.turns)
+        num_sampled = sum(turn.num_output_tokens for turn in conversation.turns)
         max_tokens = min(max_tokens, workshop.limits.max_tokens_per_rollout - num_sampled)
     if max_tokens < 1:
         return None
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=workshop.limits.temperature,
-        seed=attempt.seed + index,
-        stop_token_ids=workshop.chat.stop_token_ids,
-    )
     asked = time.perf_counter()
     with workshop.waits.on(attempt.id, attempt.item.id, "engine"):
-        completion = await workshop.engine.generate(prompt, params, attempt.id)
-    message = workshop.chat.parse(completion.ids, conversation.item, f"{attempt.id[-16:]}_{index}")
-    turn = Turn(
-        input_ids=ids,
-        output_ids=completion.ids,
-        logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        policy_version=completion.policy_version,
-        message=message,
-        is_fork=is_fork,
-        reasoning_tokens=workshop.chat.count_tokens(message.reasoning),
-        started_s=asked - conversation.started,
-        sampled_s=time.perf_counter() - asked,
-    )
+        turn = await speaker.say(conversation.item, conversation.messages, max_tokens)
+    if turn is None:
+        return None
+    turn.started_s, turn.sampled_s = asked - conversation.started, time.perf_counter() - asked
     if conversation.episode is not None and conversation.episode.session is not None:
-        conversation.episode.session.hear(message)
-    conversation.context = prompt + completion.ids
-    conversation.messages.append(message)
+        conversation.episode.session.hear(turn.message)
+    conversation.messages.append(turn.message)
     conversation.turns.append(turn)
     return turn
 

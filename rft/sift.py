@@ -43,6 +43,11 @@ def readable(path: Path) -> list[Rollout]:
     return [rollout for _, rollout in _last(path.read_bytes().split(b"\n"))] if path.exists() else []
 
 
+def unreadable(path: Path) -> int:
+    """How many lines of a file are no rollouts of this version of rft: cut off, or of another one."""
+    return sum(1 for line in path.read_bytes().split(b"\n") if line and _rollout(line) is None)
+
+
 def _last(lines: list[bytes]) -> list[tuple[int, Rollout]]:
     """The rollouts with the numbers of their lines, of one id the last."""
     found = {rollout.id: (number, rollout) for number, line in enumerate(lines) if (rollout := _rollout(line))}

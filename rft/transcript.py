@@ -42,7 +42,7 @@ def _turn(number: int, turn: Turn) -> Iterator[str]:
     cut = ", cut off by its limit" if turn.finish_reason == "length" else ""
     fork = ", the history was rendered anew" if turn.is_fork else ""
     yield (
-        f"turn {number}: {len(turn.output_ids)} tokens in {turn.sampled_s:.2f} s,"
+        f"turn {number}: {turn.num_output_tokens} tokens in {turn.sampled_s:.2f} s,"
         f" policy version {turn.policy_version}{cut}{fork}"
     )
     if turn.message.reasoning:
@@ -97,6 +97,8 @@ def prompt_of(rollout: Rollout, config: dict[str, Any]) -> str:
     """The first prompt as text, read with the model's tokenizer; without that, how long it is."""
     if not rollout.turns:
         return "(nothing was sampled)"
+    if rollout.turns[0].usage is not None:
+        return "(the model was asked with messages over a chat API: the item has them)"
     ids = rollout.turns[0].input_ids
     path = Path(config.get("model", {}).get("path", "")) / "tokenizer.json"
     try:

@@ -124,12 +124,28 @@ _DISCARDED = {
 }
 
 
+class TokenUsage(Record):
+    """Tokens that a model behind a chat API took: a judge for its judgements, or the evaluated model for a turn."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens
+
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        return TokenUsage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+        )
+
+
 class Turn(Record):
     """One sampled message and the tool results it caused.
 
     `input_ids` were appended by rft before sampling: the first prompt on turn 0, rendered tool results later.
     With `is_fork` they replace the history instead of extending it (the template was not prefix-preserving).
     `logprobs` are natural logs, one per output id, at the sampling temperature over the full vocabulary.
+    A model behind a chat API gives no ids: the three lists are empty then, and `usage` holds its counts.
     """
 
     input_ids: list[int]
@@ -142,26 +158,16 @@ class Turn(Record):
     replies: list[Message] = Field(default_factory=list)  # of the environment, to a message without calls
     is_fork: bool = False
     reasoning_tokens: int = 0  # of the output ids, those inside <think>
+    usage: TokenUsage | None = None  # where there are no ids; its prompt is the whole history
     started_s: float = 0.0  # seconds since the rollout started
     sampled_s: float = 0.0  # seconds the engine took
 
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids) if self.usage is None else self.usage.completion_tokens
+
 
 _ANSWER_ERRORS = frozenset({"invalid_variable_error", "sample_parse_error"})  # flags that are the model's doing
-
-
-class TokenUsage(Record):
-    """Tokens a judge model took for one or more judgements."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt tokens
-
-    def __add__(self, other: TokenUsage) -> TokenUsage:
-        return TokenUsage(
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-            cached_tokens=self.cached_tokens + other.cached_tokens,
-        )
 
 
 class Grade(Record):
@@ -266,13 +272,25 @@ class Rollout(Record):
 
     @property
     def num_sampled_tokens(self) -> int:
-        return sum(len(turn.output_ids) for turn in self.turns)
+        return sum(turn.num_output_tokens for turn in self.turns)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the model read and did not write, each once. Of a chat API's history it is what is left when the
+        turns before the last are taken away.
+        """
+        num_ids = sum(len(turn.input_ids) for turn in self.turns)
+        if num_ids or not self.turns or (last := self.turns[-1].usage) is None:
+            return num_ids
+        return max(0, last.prompt_tokens - sum(turn.num_output_tokens for turn in self.turns[:-1]))
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The rollout as training sequences: one, plus one for every fork."""
+        """The rollout as training sequences: one, plus one for every fork. Turns without ids are in none."""
         sequences: list[Sequence] = []
         for turn in self.turns:
+            if turn.usage is not None:
+                continue
             if turn.is_fork or not sequences:
                 sequences.append(Sequence([], [], [], []))
             last = sequences[-1]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar
 
-from rft.engines import Engine
+from rft.engines.remote import Sampler
 from rft.envs.outage import Outages
 from rft.errors import NoProgressError, StorageError, WorldError
 from rft.live import Live, count_stops, live_lines, memory_bytes, waiting_for, waits_table
@@ -44,7 +44,7 @@ class Watchdog:
     def __init__(self, loop: asyncio.Runner, store: RunStore, phase: Callable[[], str], tick_s: float = 1.0) -> None:
         self.waits = Waits()
         self._loop, self._store, self._phase, self._tick_s = loop, store, phase, tick_s
-        self._engine: Engine | None = None
+        self._engine: Sampler | None = None
         self._outages: Outages | None = None
         self._limit_s = math.inf
         self._still_s = 0.0  # how long the loop turned and no wait ended
@@ -61,7 +61,7 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         self._lookout.__exit__(*exception)
 
-    def attach(self, engine: Engine, outages: Outages | None, stall_limit_s: float) -> None:
+    def attach(self, engine: Sampler, outages: Outages | None, stall_limit_s: float) -> None:
         """What the work to come samples with, and after how many seconds without progress it ends."""
         self._engine, self._outages, self._limit_s = engine, outages, stall_limit_s
         self._tick_s = min(self._tick_s, stall_limit_s / 4)

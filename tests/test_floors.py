@@ -19,12 +19,12 @@ FLOORS = {
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.sift rft.checkpoints rft.budget rft.reuse",
-    5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch",
+    5: "rft.rollout rft.speaker rft.episode rft.slots rft.shaping rft.trainers rft.watch",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
     "rft.doctor rft.baseline",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
     "rft.preflight rft.regrade rft.show rft.transcript",
-    8: "rft.job rft.ui",
+    8: "rft.lifecycle rft.job rft.evaluation rft.ui",
     9: "rft.server",
     10: "rft.cli",
     11: "rft.__main__",

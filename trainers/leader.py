@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from rft.baseline.numbers import Baseline, measure
 from rft.config import RunConfig
 from rft.engines import Engine
-from rft.errors import NumericsError
+from rft.errors import NumericsError, UserError
 from rft.metrics import Clock, group_metrics, rollout_metrics, shadow_divergence, staleness_metrics, step_line
 from rft.pipeline import Pipeline
 from rft.progress import Display, Phase
@@ -26,6 +27,7 @@ from rft.types import Group, Item, Split
 
 T = TypeVar("T")
 
+_JUDGED = "baseline"  # what marks the event about the groups of step 1
 _PROBE_SEQUENCES = 2
 _DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
 
@@ -95,16 +97,19 @@ class SamplingLeader(Leader):
     """Samples with an engine that gets the policy's weights after every step.
 
     With training.staleness the next steps are sampled while this one trains. `first_prompt`: the ids an item is asked
-    with.
+    with. is_strict: end before the first update where no group of step 1 has signal.
     """
 
     pipeline: Pipeline
     engine: Engine
     sync: Sync
     first_prompt: Callable[[Item], list[int]]
+    is_strict: bool = False
+    _is_fresh: bool = field(default=False, init=False)  # nobody has judged the groups of step 1 yet
 
     def begin(self, policy: Policy, first_step: int) -> None:
         """Bring the engine to the policy's version and measure where the run starts."""
+        self._is_fresh = first_step == 1 and (self.is_strict or not self._was_judged())
         sampling = self.pipeline.sampling
         prompts = [self.first_prompt(item) for item in sampling.items["train"][:_PROBE_SEQUENCES]]
         run = sampling.watchdog.run
@@ -118,7 +123,31 @@ class SamplingLeader(Leader):
             self.evaluate("test", 0)
 
     def groups(self, step: int) -> list[Group]:
-        return self.pipeline.groups(step)
+        groups = self.pipeline.groups(step)
+        if step == 1 and self._is_fresh:
+            self._judge(groups)
+        return groups
+
+    def _was_judged(self) -> bool:
+        return any((event.get("data") or {}).get("check") == _JUDGED for event in self.store.events())
+
+    def _judge(self, groups: list[Group]) -> None:
+        """Say whether there is anything to learn. Raises UserError where there is not and the run is strict."""
+        num_useful = sum(len(set(shaped_scores(group, self.config.training.costs))) > 1 for group in groups)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        has_tools = self.config.environment is not None
+        found = measure(rollouts, self.config.training.base_rollouts, has_tools=has_tools)
+        text = f"before the first update: {num_useful} of {len(groups)} groups have signal, {_chances(found)}"
+        told = {"check": _JUDGED, "useful": num_useful, "verdict": found.advice.verdict, "cure": found.advice.cure}
+        if num_useful:
+            self.store.append_event("info", f"{text}; {found.advice.sentence}", told)
+            self.display.line(f"{text}; {found.advice.sentence}")
+            return
+        problem = f"{text}: the first update will change nothing. Verdict: {found.advice.sentence}"
+        self.store.append_event("warn", problem, told)
+        if self.is_strict:
+            raise UserError(f"{text}. Verdict: {found.advice.sentence}", where="--strict", cure=_strict_cure(found))
+        self.display.line(f"warning: {problem}\n  cure: {found.advice.cure}")
 
     def beside(self, work: Callable[[], T]) -> T:
         return self.pipeline.beside(work)
@@ -161,6 +190,15 @@ class SamplingLeader(Leader):
 
     def evaluate(self, split: Split, step: int) -> None:
         self.pipeline.sampling.evaluate(split, step)
+
+
+def _chances(found: Baseline) -> str:
+    chances = [f"{one.chance:.2f} with {one.num_rollouts} rollouts" for one in found.useless if one.num_rollouts >= 8]
+    return f"P(useless group) {', '.join(chances)}"
+
+
+def _strict_cure(found: Baseline) -> str:
+    return f"{found.advice.cure}; or go on all the same with --resume and without --strict"
 
 
 @dataclass(slots=True)

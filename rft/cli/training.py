@@ -28,6 +28,9 @@ def train(
     checkpoint: Annotated[
         str | None, typer.Option(help="with --resume: go on from this one, e.g. step_000004, not from the newest")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="end before the first update where no group of step 1 has signal")
+    ] = False,
 ) -> None:
     """Train. `accelerate launch -m rft train CONFIG` is the same on many processes."""
     from rft.config import load_config
@@ -35,7 +38,7 @@ def train(
 
     start = [f"model.init_from={json.dumps(str(init_from))}"] if init_from is not None else []
     parsed = load_config(config, [*(overrides or []), *start])
-    run_job(parsed, run_id=run_id, resume=resume, replay=replay, checkpoint=checkpoint)
+    run_job(parsed, run_id=run_id, resume=resume, replay=replay, checkpoint=checkpoint, is_strict=strict)
 
 
 @app.command()

@@ -11,8 +11,9 @@ from pathlib import Path
 import aiohttp
 
 from rft.config import ModelConfig, RunConfig, VllmEngineConfig
-from rft.engines import Engine, sync_kind
+from rft.engines import sync_kind
 from rft.engines.launch import ServerProcess
+from rft.engines.remote import Sampler
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, wait_until_ready
 from rft.graders.judge import Judge, JudgeConfig, Place
 
@@ -41,7 +42,7 @@ async def start_judge(judge: Judge, log_path: Path, on_status: StatusCallback) -
     return server
 
 
-def place_in_engine(config: RunConfig, judge: JudgeConfig, engine: Engine) -> Place | None:
+def place_in_engine(config: RunConfig, judge: JudgeConfig, engine: Sampler) -> Place | None:
     """Where the run's own engine answers as `judge`; None where it has other weights, or will have."""
     from rft.engines.vllm import VllmEngine
 

@@ -93,7 +93,7 @@ def _sample(rollout: Rollout, messages: list[Any], model: str) -> dict[str, Any]
     """`output` is the final message with the calls of the whole rollout, as graders see them."""
     last = rollout.turns[-1] if rollout.turns else None
     calls = [call.as_chat() for call, _ in rollout.tool_calls]
-    prompt = sum(len(turn.input_ids) for turn in rollout.turns)
+    prompt = rollout.num_prompt_tokens
     errors = dict(rollout.grade.all_errors) if rollout.grade is not None else {}
     return {
         "input": [

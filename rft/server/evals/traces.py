@@ -32,7 +32,8 @@ def _spans(rollout: Rollout, turn: Turn, added: list[dict[str, Any]]) -> Iterato
     started = rollout.started_at + turn.started_s
     sampled = started + turn.sampled_s
     generation = {"type": "GENERATION", "input": added, "output": _output(turn), "model": None, "model_config": None}
-    usage = {"input_tokens": len(turn.input_ids), "output_tokens": len(turn.output_ids)}
+    num_inputs = turn.usage.prompt_tokens if turn.usage is not None else len(turn.input_ids)
+    usage = {"input_tokens": num_inputs, "output_tokens": turn.num_output_tokens}
     yield _span(rollout, started, sampled, generation | {"usage": usage})
     results = {result.call_id: result for result in turn.results}
     for call in turn.message.tool_calls:
