@@ -54,7 +54,7 @@ class JobRuns:
         """Raises Missing."""
         job = self._index.get(JOB, run_id, project=self._project)
         if job is None:
-            raise Missing(f"there is no run {run_id[:128]}", cure="reload the list of runs")
+            raise Missing("there is no such run", where=run_id[:80], cure="choose one of the list")
         return self._known(job)
 
     def actions(self, known: Known) -> list[Action]:

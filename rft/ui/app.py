@@ -23,8 +23,7 @@ from rft.ui.judging import FolderJudging, Judging
 from rft.ui.playground import Playground
 from rft.ui.refusals import Refusal
 from rft.ui.routes import about, actions, runs, tries
-from rft.ui.runs import Known, Page, Runs
-from rft.ui.schema import Action
+from rft.ui.runs import Page
 from rft.ui.security import LoopbackOnly, OwnPagesOnly, SecurityHeaders, refusal
 
 logger = logging.getLogger("rft.ui")
@@ -53,44 +52,18 @@ def guard(app: FastAPI, *, needs_key: bool) -> None:
 
 
 def build_ui(path: Path, *, static: Path = STATIC) -> FastAPI:
-    """The page alone, of a folder of runs or of one run. Raises UserError when it is neither."""
-    runs = _runs(path)
+    """The page alone, of a folder of runs or of one run. Raises UserError when it is not there."""
+    if not path.is_dir():
+        raise UserError("there is no such folder", where=str(path), cure="give a folder of runs, e.g. runs/")
+    found = FolderRuns(path)
     app = FastAPI(title="rft ui", version=rft.__version__, openapi_url=None, docs_url=None, redoc_url=None)
-    mount(app, Page("folder", needs_key=False, runs_of=lambda request: runs), FolderJudging(), static)
+    mount(app, Page("folder", needs_key=False, runs_of=lambda request: found), FolderJudging(), static)
     app.add_exception_handler(RequestValidationError, _invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(UserError, _user_error)  # type: ignore[arg-type]
     app.add_exception_handler(RftError, _rft_error)  # type: ignore[arg-type]
     guard(app, needs_key=False)
     return app
-
-
-class OneRun:
-    """The runs of a folder, but for all but one."""
-
-    def __init__(self, path: Path) -> None:
-        self._runs, self._id = FolderRuns(path.parent), path.name
-
-    def all(self) -> list[Known]:
-        return [known for known in self._runs.all() if known.id == self._id]
-
-    def get(self, run_id: str) -> Known:
-        """Raises Missing."""
-        if run_id != self._id:
-            raise Missing(f"there is no run {run_id[:128]}", cure="reload the list of runs")
-        return self._runs.get(run_id)
-
-    def actions(self, known: Known) -> list[Action]:
-        return self._runs.actions(known)
-
-    def act(self, known: Known, action: Action) -> None:
-        self._runs.act(known, action)
-
-
-def _runs(path: Path) -> Runs:
-    if not path.is_dir():
-        raise UserError("there is no such folder", where=str(path), cure="give a folder of runs, e.g. runs/")
-    return OneRun(path.resolve()) if (path / "config.json").is_file() else FolderRuns(path)
 
 
 def _known(request: Request) -> None:

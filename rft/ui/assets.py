@@ -25,7 +25,7 @@ _PLOTLY = Path("package_data") / "plotly.min.js"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A file that never changes while we run, compressed once."""
+    """A file that never changes while we run, compressed once. The ETag is weak: it stands for both forms."""
 
     path: Path
     compressed: bytes
@@ -35,8 +35,10 @@ class Script:
 def mount_assets(app: FastAPI, static: Path = STATIC) -> None:
     """GET /ui/ and what it loads; `/` and `/ui` lead there. No keys: there are no secrets in it."""
 
-    async def index() -> FileResponse:
-        return FileResponse(static / "index.html", media_type="text/html; charset=utf-8")
+    files = StaticFiles(directory=static, check_dir=False)
+
+    async def index(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
 
     async def to_index() -> RedirectResponse:
         return RedirectResponse("/ui/")
@@ -45,7 +47,7 @@ def mount_assets(app: FastAPI, static: Path = STATIC) -> None:
     app.add_api_route("/ui", to_index, include_in_schema=False)
     app.add_api_route("/ui/", index, include_in_schema=False)
     app.add_api_route("/ui/static/plotly.min.js", _plotly, include_in_schema=False)
-    app.mount("/ui/static", StaticFiles(directory=static, check_dir=False))
+    app.mount("/ui/static", files)
 
 
 async def _plotly(request: Request) -> Response:
@@ -70,4 +72,4 @@ def plotly_script() -> Script | None:
     if path is None or not path.is_file():
         return None
     data = path.read_bytes()
-    return Script(path, gzip.compress(data, mtime=0), f'"{hashlib.sha256(data).hexdigest()[:32]}"')
+    return Script(path, gzip.compress(data, mtime=0), f'W/"{hashlib.sha256(data).hexdigest()[:32]}"')

@@ -1,4 +1,4 @@
-"""What the page answers instead of data: each is a mistake of who asks, with a status of its own."""
+"""What a route of the page refuses beyond a wrong value: a thing that is not there."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from rft.errors import UserError
 
 
 class Missing(UserError):
-    """There is no such run, rollout or text: 404."""
+    """There is no such run, rollout or text: the page answers 404."""

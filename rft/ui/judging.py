@@ -14,6 +14,8 @@ from rft.graders.judge import JudgeConfig, Judges
 from rft.graders.run import validate
 from rft.ui.runs import Known
 
+_REDACTED = "[redacted]"  # what configs show in place of a secret
+
 
 class Judging(Protocol):
     """How one application takes graders."""
@@ -54,6 +56,19 @@ def refuse_models(grader: dict[str, Any]) -> None:
             cure = "use another metric here, or `rft grade rerun RUN --grader FILE`"
             where = path if path == "grader" else f"grader.graders.{path}"
             raise ConfigError("the metric cosine loads a model, which the page does not", where=where, cure=cure)
+
+
+def refuse_redacted(tree: Any, where: str = "grader") -> None:
+    """Raises ConfigError for a header whose value the page has hidden: it would be sent as it stands."""
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in entries:
+        path = f"{where}.{key}"
+        if key == "headers" and isinstance(value, dict) and _REDACTED in value.values():
+            cure = "write it again: it leaves this page only for the grader's own URL"
+            raise ConfigError(
+                "the page does not show the values of headers, and does not know them", where=path, cure=cure
+            )
+        refuse_redacted(value, path)
 
 
 def _judge(name: str, configured: Any) -> JudgeConfig:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from fastapi import Request
 
 from rft.errors import ConfigError, UserError
-from rft.ui.judging import Judging
+from rft.ui.judging import Judging, refuse_redacted
 from rft.ui.refusals import Refusal
 from rft.ui.runs import Known
 from rft.ui.schema import DatasetResult, GraderResult, GraderTry
@@ -35,6 +35,7 @@ class Playground:
             raise UserError("this job has not run yet", where=known.id, cure="wait for its first step")
         with self._turn(self.judging.owner(request), "grader"):
             try:
+                refuse_redacted(asked.grader)
                 judges = await self.judging.judges(request, known, asked.grader)
             except ConfigError as error:
                 return _refused(error.problem + (f" ({error.cure})" if error.cure else ""), error.where)

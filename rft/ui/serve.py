@@ -27,6 +27,7 @@ def serve(path: Path, host: str, port: int, on_ready: Callable[[str], None]) -> 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app = build_ui(path)
     with bound(host, port) as listener:
+        listener.listen()  # who comes before the first answer waits for it
         on_ready(f"{url_of(listener)}/ui/")
         options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S)
         uvicorn.Server(options).run(sockets=[listener])
