@@ -1,14 +1,11 @@
-"""Records as the page shows them: a rollout as a row of a table, a grade as a tree, a run as a line of the list."""
+"""Records as the page shows them: a rollout as a row of a table, a grade as a tree. Imports no web framework."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from rft.errors import RftError
-from rft.show import status
 from rft.types import Grade, Rollout
-from rft.ui.runs import Known
-from rft.ui.schema import Action, RolloutLine, RunLine, TraceGrade
+from rft.ui.schema import RolloutLine, TraceGrade
 
 _MAX_OPENING = 200  # characters
 _MAX_ERROR = 2000
@@ -49,30 +46,6 @@ def trace_grade(name: str, grade: Grade) -> TraceGrade:
         parts=[trace_grade(key, part) for key, part in grade.parts.items()],
         shadow=grade.shadow,
         shadow_errors={key: cut(detail) for key, detail in grade.shadow_errors.items()},
-    )
-
-
-def run_line(known: Known, actions: list[Action]) -> RunLine:
-    """A run as far as it can be read."""
-    found = known.job.status if known.job is not None else "unknown"
-    step = steps = problem = None
-    if known.store is not None:
-        try:
-            state = known.store.read_state()
-            step, steps = state.get("step"), state.get("steps")
-            found = known.job.status if known.job is not None else status(known.store)
-        except RftError as error:
-            problem = str(error)
-    return RunLine(
-        id=known.id,
-        name=known.id,
-        kind="unknown",
-        status=found,
-        step=step,
-        steps=steps,
-        job=known.job,
-        actions=actions,
-        problem=problem,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
-from rft.ui.lines import run_line
+from rft.ui.run_lines import run_line
 from rft.ui.runs import Page, Runs
 from rft.ui.schema import Action, Done, RunLine
 
