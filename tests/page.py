@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from serving import ROOT
 
 from rft.ui.security import HEADERS
 
@@ -62,6 +69,26 @@ def post(address: str, path: str, body: Any = None, **headers: str) -> Answer:
         body={} if body is None else body,
         **{**{"content_type": JSON["content-type"]}, **headers},
     )
+
+
+@contextmanager
+def rft_ui(runs: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The page's address as a real `rft ui` says it, and its process."""
+    command = [sys.executable, "-m", "rft", "ui", str(runs), "--port", "0"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().removeprefix("serving ").strip(), process
+        finally:
+            process.kill()
+
+
+def children(pid: int) -> set[int]:
+    """The processes that a process started, and those that they started."""
+    found = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    direct = {int(child) for line in found for child in line.split()}
+    return direct.union(*(children(child) for child in direct))
 
 
 def assert_guarded(answer: Answer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from fakes import ScriptedServer, verdict
-from page import assert_guarded, post
+from page import assert_guarded, children, post, rft_ui
 from run_folders import a_run, an_item, train_step, write_data
 from serving import served
 
@@ -66,12 +67,6 @@ def grade(page: str, grader: Any, **asked: Any) -> Any:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def children() -> set[str]:
-    """Processes that this one started."""
-    found = (path.read_text() for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"))
-    return {pid for line in found for pid in line.split()}
 
 
 # --- a run of a folder ---
@@ -166,13 +161,13 @@ def test_a_grader_that_loops_forever_is_ended(runs: Path) -> None:
     app = build_ui(runs)
     app.state.playground.deadline_s = 8.0
     with served(app) as address:
-        before, started = children(), time.monotonic()
+        before, started = children(os.getpid()), time.monotonic()
         slow = python("while sample['stop_reason'] == 'answered': pass")
         found = grade(address, {"type": "multi", "name": "m", "graders": {"slow": slow}, "calculate_output": "slow"})
         assert time.monotonic() - started < 20
         assert [each["grade"] for each in found["graded"]] == [None] * 3
         assert all("before the time was over" in each["problem"] for each in found["graded"])
-        assert children() <= before
+        assert children(os.getpid()) <= before
         assert grade(address, EXACT)["mean_new"] == 1.0, "the page goes on"
 
 
@@ -210,12 +205,12 @@ def test_a_grader_sees_no_value_of_the_environment(page: str, monkeypatch: pytes
 def test_one_try_at_a_time(page: str) -> None:
     slow = python("import time; time.sleep(1.5); return 1")
     with ThreadPoolExecutor(2) as threads:
-        before = children()
+        before = children(os.getpid())
         tried = [
             threads.submit(post, page, f"/ui/api/runs/{RUN}/grade", {"grader": slow, "num_rollouts": 1})
             for _ in range(2)
         ]
-        while not children() - before:  # the process of the try: this is how the other tests look for it
+        while not children(os.getpid()) - before:  # the process of the try: this is how the other tests look for it
             assert wait(tried, timeout=0.02).not_done, "the try had no process"
         answers = sorted((each.result() for each in tried), key=lambda answer: answer.status)
     assert [answer.status for answer in answers] == [200, 429]
@@ -294,11 +289,38 @@ def test_a_try_that_is_stuck_ends_with_its_process(tmp_path: Path) -> None:
     """A run folder of somebody else's may hold anything, here a pipe that nobody writes."""
     store = a_run(tmp_path / "runs", steps=1, num_items=1)
     os.mkfifo(store.rollout_path(9))
-    before = children()
+    before = children(os.getpid())
     request = {"run": str(store.path), "grader": EXACT, "rollout_ids": [], "num_rollouts": 1, "deadline_s": 60}
     with pytest.raises(TryError, match="no result within 3 s"):
         asyncio.run(run_apart("grade", request, deadline_s=3.0))
-    assert children() <= before
+    assert children(os.getpid()) <= before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_try_dies_with_its_server(runs: Path, number: int) -> None:
+    slow = {"grader": python("while True: pass"), "num_rollouts": 1}
+    with ThreadPoolExecutor(1) as threads, rft_ui(runs) as (url, process):
+        tried = threads.submit(post, url, f"/ui/api/runs/{RUN}/grade", slow)
+        started = set[int]()
+        deadline = time.monotonic() + 60
+        while len(started) < 3:  # who supervises it, the try itself, a worker of its sandbox
+            assert time.monotonic() < deadline and not tried.done()
+            started |= children(process.pid)
+            time.sleep(0.02)  # other processes: nothing tells us
+        process.send_signal(number)
+        process.wait(timeout=30)
+        while left := [pid for pid in started if is_running(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.02)
+        assert tried.exception() is not None or tried.result().status == 500
+
+
+def is_running(pid: int) -> bool:
+    """Not one that has ended and waits to be looked at."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_try_that_dies_says_so() -> None:
@@ -400,7 +422,7 @@ def test_what_is_no_try_is_refused(page: str, body: bytes) -> None:
 
 def test_nothing_of_a_try_is_left(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    before = children()
+    before = children(os.getpid())
     assert validate(page, lines(GOOD))["num_rows"] == 1
     assert grade(page, python("return 1"))["mean_new"] == 1.0
-    assert list(tmp_path.iterdir()) == [] and children() <= before
+    assert list(tmp_path.iterdir()) == [] and children(os.getpid()) <= before

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page import INDEX, a_static_folder, ask, assert_guarded, post
+from page import INDEX, a_static_folder, ask, assert_guarded, post, rft_ui
 from run_folders import a_run
 from serving import ROOT, served
 from typer.testing import CliRunner
@@ -212,21 +212,14 @@ def test_a_bug_says_nothing_of_itself(runs: Path, tmp_path: Path) -> None:
 
 
 def test_rft_ui_serves_until_it_is_interrupted(runs: Path) -> None:
-    command = [sys.executable, "-m", "rft", "ui", str(runs), "--port", "0"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            url = process.stdout.readline().removeprefix("serving ").strip()
-            assert url.startswith("http://127.0.0.1:") and url.endswith("/ui/")
-            assert len(ask(url, "/ui/api/runs").json["runs"]) == 2
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            (rss,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
-            assert rss < 150_000, "kB"
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=30)
-        finally:
-            process.kill()
+    with rft_ui(runs) as (url, process):
+        assert url.startswith("http://127.0.0.1:") and url.endswith("/ui/")
+        assert len(ask(url, "/ui/api/runs").json["runs"]) == 2
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (rss,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
+        assert rss < 150_000, "kB"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "example.com", "::"])

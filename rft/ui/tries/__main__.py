@@ -14,7 +14,7 @@ from rft.errors import RftError, UserError
 from rft.ui.tries import dataset, grading
 from rft.ui.tries.relay import MAX_LINE_BYTES, Relay
 
-MEMORY_BYTES = 4 * 2**30
+MEMORY_BYTES = 2 * 2**30  # of addresses; what a sandbox may have as well
 STORIES: dict[str, Callable[[dict[str, Any], Relay], Awaitable[dict[str, Any]]]] = {
     "grade": grading.grade_again,
     "dataset": dataset.look_at,
