@@ -159,12 +159,11 @@ def test_a_grader_that_raises_shows_its_traceback(page: str) -> None:
 
 def test_a_grader_that_loops_forever_is_ended(runs: Path) -> None:
     app = build_ui(runs)
-    app.state.playground.deadline_s = 8.0
+    app.state.playground.grading_s = 2.0
     with served(app) as address:
-        before, started = children(os.getpid()), time.monotonic()
+        before = children(os.getpid())
         slow = python("while sample['stop_reason'] == 'answered': pass")
         found = grade(address, {"type": "multi", "name": "m", "graders": {"slow": slow}, "calculate_output": "slow"})
-        assert time.monotonic() - started < 20
         assert [each["grade"] for each in found["graded"]] == [None] * 3
         assert all("before the time was over" in each["problem"] for each in found["graded"])
         assert children(os.getpid()) <= before
@@ -173,11 +172,10 @@ def test_a_grader_that_loops_forever_is_ended(runs: Path) -> None:
 
 def test_what_is_there_in_time_is_shown(runs: Path) -> None:
     app = build_ui(runs)
-    app.state.playground.deadline_s = 8.0
+    app.state.playground.grading_s = 8.0
+    loops_on_one = python("while item['messages'][0]['content'] == 'question 0': pass\n    return 1")
     with served(app) as address:
-        found = grade(
-            address, python("while item['messages'][0]['content'] == 'question 0': pass\n    return 1"), num_rollouts=4
-        )
+        found = grade(address, loops_on_one, num_rollouts=4)
     assert {(each["grade"] or {}).get("score") for each in found["graded"]} == {None, 1.0}
     assert found["mean_new"] == 1.0
 
@@ -290,7 +288,14 @@ def test_a_try_that_is_stuck_ends_with_its_process(tmp_path: Path) -> None:
     store = a_run(tmp_path / "runs", steps=1, num_items=1)
     os.mkfifo(store.rollout_path(9))
     before = children(os.getpid())
-    request = {"run": str(store.path), "grader": EXACT, "rollout_ids": [], "num_rollouts": 1, "deadline_s": 60}
+    request = {
+        "run": str(store.path),
+        "grader": EXACT,
+        "rollout_ids": [],
+        "num_rollouts": 1,
+        "deadline_s": 60,
+        "grading_s": 60,
+    }
     with pytest.raises(TryError, match="no result within 3 s"):
         asyncio.run(run_apart("grade", request, deadline_s=3.0))
     assert children(os.getpid()) <= before
@@ -395,7 +400,7 @@ def test_tools_that_the_environment_does_not_serve(page: str) -> None:
 def test_no_environment_is_started_for_a_dataset(page: str, environment: dict[str, Any], tmp_path: Path) -> None:
     asked = json.loads(json.dumps(environment).replace("MARK", str(tmp_path / "mark")))
     answer = post(page, "/ui/api/datasets/validate", {"text": lines(GOOD), "environment": asked})
-    assert answer.status == 400 and "environment" in answer.message
+    assert answer.status == 400 and answer.json["error"]["param"].startswith("environment")
     assert not (tmp_path / "mark").exists()
 
 

@@ -1,7 +1,7 @@
 """The application: the page's API below /ui/api, its files below /ui, and what happens around every request.
 
 `mount` puts them into any application (`rft serve` does), `build_ui` makes one of a folder of runs. Failures answer
-`{"error": {"message", "code"}}`; a bug answers 500 without its text.
+`{"error": {"message", "code", "param"}}`, where param is the field that is wrong; a bug answers 500 without its text.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ from rft.ui.folder import FolderRuns
 from rft.ui.judging import FolderJudging, Judging
 from rft.ui.playground import Playground
 from rft.ui.refusals import Refusal
-from rft.ui.routes import about, actions, runs, tries
+from rft.ui.routes import READING, actions, tries
 from rft.ui.runs import Page
 from rft.ui.security import LoopbackOnly, OwnPagesOnly, SecurityHeaders, refusal
 
 logger = logging.getLogger("rft.ui")
-OPEN: tuple[APIRouter, ...] = (about.router,)
-KEYED: tuple[APIRouter, ...] = (runs.router, actions.router, tries.router)
+ROUTERS: tuple[APIRouter, ...] = (*READING, actions.router, tries.router)
+_ABOUT = "/ui/api/about"
 
 
 def mount(app: FastAPI, page: Page, judging: Judging, static: Path = STATIC) -> None:
     """The page in an application. All but `about` and the files asks `page.runs_of` first, which refuses strangers."""
     app.state.page, app.state.playground = page, Playground(judging)
-    for router in OPEN:
-        app.include_router(router, prefix="/ui/api", include_in_schema=False)
-    for router in KEYED:
+    for router in ROUTERS:
         app.include_router(router, prefix="/ui/api", dependencies=[Depends(_known)], include_in_schema=False)
     mount_assets(app, static)
     app.add_exception_handler(Missing, _user_error)  # type: ignore[arg-type]
@@ -67,17 +65,18 @@ def build_ui(path: Path, *, static: Path = STATIC) -> FastAPI:
 
 
 def _known(request: Request) -> None:
-    """Raises what the application answers to a caller without a key."""
-    request.app.state.page.runs_of(request)
+    """Raises what the application answers to a caller without a key, for all but `about`."""
+    if request.url.path != _ABOUT:
+        request.app.state.page.runs_of(request)
 
 
 async def _user_error(request: Request, error: UserError) -> JSONResponse:
-    text = error.problem + (f" ({error.cure})" if error.cure else "")
+    text, param = error.problem + (f" ({error.cure})" if error.cure else ""), error.where or None
     if isinstance(error, Missing):
-        return refusal(404, text, "not_found")
+        return refusal(404, text, "not_found", param)
     if isinstance(error, Refusal):
-        return refusal(error.status, text, error.code)
-    return refusal(400, f"{error.where}: {text}" if error.where else text, "invalid_value")
+        return refusal(error.status, text, error.code, param)
+    return refusal(400, text, "invalid_value", param)
 
 
 async def _rft_error(request: Request, error: RftError) -> JSONResponse:
@@ -94,4 +93,4 @@ async def _invalid_request(request: Request, error: RequestValidationError) -> J
     """The first thing that is wrong with a request, by the path of its field."""
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path"))
-    return refusal(400, f"{path}: {problem['msg']}" if path else str(problem["msg"]), "invalid_value")
+    return refusal(400, str(problem["msg"]), "invalid_value", path or None)

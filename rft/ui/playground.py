@@ -18,15 +18,16 @@ from rft.ui.schema import DatasetResult, GraderResult, GraderTry
 from rft.ui.tries.process import TryError, run_apart
 
 DEADLINE_S = 55.0  # of a try, in all; the page waits for 60
-_GRADING_SHARE = 0.8  # of that, for the grades themselves: what is there by then is shown
+GRADING_S = 45.0  # for the grades themselves: what is there by then is shown
+_MARGIN_S = 8.0  # from the last grade to the answer
 MAX_DATASET_BYTES = 16_000_000
 
 
 class Playground:
     """Of one application. One event loop."""
 
-    def __init__(self, judging: Judging, deadline_s: float = DEADLINE_S) -> None:
-        self.judging, self.deadline_s = judging, deadline_s
+    def __init__(self, judging: Judging, grading_s: float = GRADING_S) -> None:
+        self.judging, self.grading_s = judging, grading_s
         self._busy: set[tuple[str, str]] = set()
 
     async def grade(self, request: Request, known: Known, asked: GraderTry) -> GraderResult:
@@ -39,9 +40,11 @@ class Playground:
                 judges = await self.judging.judges(request, known, asked.grader)
             except ConfigError as error:
                 return _refused(error.problem + (f" ({error.cure})" if error.cure else ""), error.where)
-            place = {"run": str(known.store.path.resolve()), "deadline_s": _GRADING_SHARE * self.deadline_s}
+            place = {"run": str(known.store.path.resolve())}
+            times = {"deadline_s": DEADLINE_S - _MARGIN_S, "grading_s": self.grading_s}
+            told = asked.model_dump() | place | times
             try:
-                answer = await run_apart("grade", asked.model_dump() | place, deadline_s=self.deadline_s, judges=judges)
+                answer = await run_apart("grade", told, deadline_s=DEADLINE_S, judges=judges)
             except TryError as error:
                 return _refused(error.problem)
             finally:
@@ -56,7 +59,7 @@ class Playground:
             path = Path(folder) / "body.json"
             await _store(body, path)
             try:
-                answer = await run_apart("dataset", {"body": str(path)}, deadline_s=self.deadline_s)
+                answer = await run_apart("dataset", {"body": str(path)}, deadline_s=DEADLINE_S)
             except TryError as error:
                 raise Refusal(error.problem, status=400, code="dataset_not_read", cure="try a part of it") from None
         if "num_rows" not in answer:
@@ -68,7 +71,7 @@ class Playground:
         """Raises Refusal (429) while the owner's last try goes on."""
         if (owner, what) in self._busy:
             problem = f"another {what} is being tried; wait for it"
-            raise Refusal(problem, status=429, code="busy", cure=f"it takes at most {self.deadline_s:g} s")
+            raise Refusal(problem, status=429, code="busy", cure=f"it takes at most {DEADLINE_S:g} s")
         self._busy.add((owner, what))
         try:
             yield

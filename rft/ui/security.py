@@ -111,8 +111,8 @@ def is_cross_site(headers: Headers) -> bool:
     return origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
 
 
-def refusal(status: int, message: str, code: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": code}}, status_code=status)
+def refusal(status: int, message: str, code: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": code, "param": param}}, status_code=status)
 
 
 def _is_json(headers: Headers) -> bool:

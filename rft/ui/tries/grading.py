@@ -28,9 +28,9 @@ _MAX_CONCURRENT = 8
 
 
 async def grade_again(request: dict[str, Any], relay: Relay) -> dict[str, Any]:
-    """request: run (its folder), grader, rollout_ids, num_rollouts, deadline_s. A GraderResult.
+    """request: run (its folder), grader, rollout_ids, num_rollouts; deadline_s in all, grading_s once it is ready.
 
-    Raises UserError for a grader or a run that nothing can be graded with.
+    Returns a GraderResult. Raises UserError for a grader or a run that nothing can be graded with.
     """
     ends_at = time.monotonic() + request["deadline_s"]
     spec = validate(request["grader"])
@@ -43,6 +43,7 @@ async def grade_again(request: dict[str, Any], relay: Relay) -> dict[str, Any]:
         try:
             async with asyncio.timeout_at(_loop_time(ends_at)):
                 await grader.start()
+            ends_at = min(ends_at, time.monotonic() + request["grading_s"])
             found = await _grades(grader, rollouts, items, ends_at)
         finally:
             await grader.close()
