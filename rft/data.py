@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args
 
 from rft.errors import DataError
 from rft.types import Item, Message, Role, ToolCall
@@ -39,6 +39,15 @@ class Problems:
         self.found.append((self.line, path, problem, cure))
 
 
+@dataclass(frozen=True, slots=True)
+class Looked(Generic[Parsed]):
+    """One line of a file: its object (None: it holds none), what was made of it, and what is wrong with it."""
+
+    row: dict[str, Any] | None
+    value: Parsed | None
+    found: list[tuple[int, str, str, str]]  # line, field, problem, cure
+
+
 def load_items(path: Path, tool_specs: ToolSpecs | None) -> list[Item]:
     """The rows of a JSONL file as Items with ids `<file stem>-<line number>`; blank lines are skipped.
 
@@ -55,13 +64,10 @@ def load_rows(path: Path, parse: Callable[[dict[str, Any], str, Problems], Parse
     """
     parsed: list[Parsed] = []
     found: list[tuple[int, str, str, str]] = []
-    for line, raw in _lines(path):
-        problems = Problems(line)
-        row = _decode(raw, problems)
-        value = parse(row, f"{path.stem}-{line:05d}", problems) if row is not None else None
-        found += problems.found
-        if value is not None:
-            parsed.append(value)
+    for looked in look_through(path, parse):
+        found += looked.found
+        if looked.value is not None:
+            parsed.append(looked.value)
         if len(found) >= MAX_PROBLEMS:
             break
     if found:
@@ -69,6 +75,17 @@ def load_rows(path: Path, parse: Callable[[dict[str, Any], str, Problems], Parse
     if not parsed:
         raise DataError("the file has no rows", where=str(path), cure="write one JSON object per line")
     return parsed
+
+
+def look_through(
+    path: Path, parse: Callable[[dict[str, Any], str, Problems], Parsed | None]
+) -> Iterator[Looked[Parsed]]:
+    """What `load_rows` makes of every row, the wrong ones too. Raises DataError for a file that cannot be read."""
+    for line, raw in _lines(path):
+        problems = Problems(line)
+        row = _decode(raw, problems)
+        value = parse(row, f"{path.stem}-{line:05d}", problems) if row is not None else None
+        yield Looked(row, value, problems.found)
 
 
 def items_for_step(items: list[Item], step: int, items_per_step: int, seed: int) -> list[Item]:

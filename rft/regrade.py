@@ -48,7 +48,7 @@ async def regrade(
     store: RunStore, grader: Grader, name: str, on_grade: Callable[[], None] = lambda: None
 ) -> Comparison:
     """Grade every graded rollout of the run again. Raises UserError when the run has none or its data is gone."""
-    items = _items(store)
+    items = items_of(store)
     rollouts = [rollout for rollout in store.rollouts() if rollout.grade is not None]
     if not rollouts:
         raise UserError("the run has no graded rollouts", where=str(store.path), cure="choose another run")
@@ -57,7 +57,7 @@ async def regrade(
     async def again(rollout: Rollout) -> Grade | str:
         async with slots:
             try:
-                return await grader.grade(_item_of(rollout, items), sample_of(rollout), rollout.id)
+                return await grader.grade(item_of(rollout, items), sample_of(rollout), rollout.id)
             except GraderError as error:
                 return error.problem
             finally:
@@ -68,13 +68,25 @@ async def regrade(
     return _compare(rollouts, grades, path)
 
 
-def _items(store: RunStore) -> dict[str, Item]:
-    """The rows of the run's data files by item id, as the run read them."""
-    files = [Path(path) for path in store.config()["data"].values() if path]
+def items_of(store: RunStore) -> dict[str, Item]:
+    """The rows of the run's data files by item id, as the run read them. Raises DataError when one is gone."""
+    config = store.config()
+    files = [_data_file(store, config, path) for path in config.get("data", {}).values() if path]
     return {item.id: item for file in files for item in load_items(file, None)}
 
 
-def _item_of(rollout: Rollout, items: dict[str, Item]) -> Item:
+def _data_file(store: RunStore, config: dict[str, Any], path: str) -> Path:
+    """Where a path of the run's config leads from where the run was started, else from here."""
+    parts, runs = Path(config.get("runs_dir", "")).parts, store.path.resolve().parent.parts
+    if parts and runs[-len(parts) :] == parts:
+        found = Path(*runs[: -len(parts)]) / path
+        if found.exists():
+            return found
+    return Path(path)
+
+
+def item_of(rollout: Rollout, items: dict[str, Item]) -> Item:
+    """The rollout's row. Raises UserError when it is gone."""
     if rollout.item_id not in items:
         raise UserError(
             f"the row of rollout {rollout.id} is gone", where=rollout.item_id, cure="bring back the run's data files"

@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> ServerConfig:
 
 @pytest.fixture
 def client(config: ServerConfig) -> Iterator[TestClient]:
-    with TestClient(build_app(config, has_auth=False)) as client:
+    with TestClient(build_app(config, has_auth=False), base_url="http://127.0.0.1") as client:
         yield client
 
 

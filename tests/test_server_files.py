@@ -266,7 +266,7 @@ def begun_upload(url: str, data: Path) -> Iterator[None]:
     """Three of five megabytes have been sent, and some of them have reached the disk; then the connection ends."""
     parts = urlsplit(url)
     with socket.create_connection((str(parts.hostname), parts.port or 0)) as connection:
-        head = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\n"
+        head = b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5000000\r\n"
         connection.sendall(head + b"content-type: multipart/form-data; boundary=b\r\n\r\n")
         begin = b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
         connection.sendall(begin + b"x" * 3 * 2**20)

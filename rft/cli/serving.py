@@ -1,4 +1,4 @@
-"""Commands that serve until they are interrupted: tools, serve."""
+"""Commands that serve until they are interrupted: tools, serve, ui."""
 
 from __future__ import annotations
 
@@ -42,4 +42,20 @@ def serve(
     if create_key:
         typer.echo(server.create_key(parsed, project, is_admin=is_admin))
         return
-    server.serve(parsed, has_auth=not no_auth, on_ready=lambda url: typer.echo(f"serving {url}"))
+    server.serve(parsed, has_auth=not no_auth, on_ready=_announce)
+
+
+def _announce(url: str) -> None:
+    typer.echo(f"serving {url}/v1\nthe page: {url}/ui/")
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="a folder of runs, or one run")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 lets the system choose")] = 8001,
+    host: Annotated[str, typer.Option(help="a loopback address: the page has no keys")] = "127.0.0.1",
+) -> None:
+    """Show runs in a browser: charts, rollouts, traces, graders to try out. Needs no server and no keys."""
+    from rft.ui import serve as page
+
+    page.serve(runs, host, port, on_ready=lambda url: typer.echo(f"serving {url}"))

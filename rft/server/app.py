@@ -28,13 +28,15 @@ from rft.server.inference import response_routes
 from rft.server.inference import routes as inference_routes
 from rft.server.jobs import permissions
 from rft.server.jobs import routes as fine_tuning
+from rft.server.page import mount_page
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
+from rft.ui.app import guard
 
 logger = logging.getLogger("rft.server")
 
-# Every router is served below /v1 and asks for a key.
+# Every router is served below /v1 and asks for a key; the page at /ui has its own.
 ROUTERS: tuple[APIRouter, ...] = (
     file_routes.router,
     upload_routes.router,
@@ -65,6 +67,7 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
         app.include_router(router, prefix="/v1", dependencies=[Depends(caller)])
     app.add_api_route("/v1/openapi.json", _openapi, dependencies=[Depends(caller)], include_in_schema=False)
     app.add_api_route("/health", _health, include_in_schema=False)
+    mount_page(app, needs_key=has_auth)
     app.add_exception_handler(ApiError, _api_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
@@ -72,6 +75,7 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(Limits, max_body_bytes=config.limits.max_body_bytes)
     app.add_middleware(Drained)
+    guard(app, needs_key=has_auth)
     app.add_middleware(RequestIds)
     return app
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import socket
 from collections.abc import Callable
 
 import uvicorn
 
 from rft.errors import UserError
+from rft.listener import bound, is_loopback, url_of
 from rft.server.app import build_app
 from rft.server.index import Index
 from rft.server.keys import DEFAULT_PROJECT, Keys
@@ -29,7 +28,7 @@ def create_key(config: ServerConfig, project: str = DEFAULT_PROJECT, *, is_admin
 
 
 def serve(config: ServerConfig, *, has_auth: bool, on_ready: Callable[[str], None]) -> None:
-    """Serve until interrupted. `on_ready` gets the base URL when the port is ours.
+    """Serve until interrupted. `on_ready` gets the address, without a path, when the port is ours.
 
     Raises UserError when the port is taken, or when anybody on the network could use a server without keys.
     """
@@ -37,29 +36,8 @@ def serve(config: ServerConfig, *, has_auth: bool, on_ready: Callable[[str], Non
         problem = f"without keys everybody who reaches {config.host} could use this server"
         raise UserError(problem, where="--no-auth", cure="set host=127.0.0.1, or make a key with --create-key")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    with _bound(config) as listener:
+    with bound(config.host, config.port) as listener:
         app = build_app(config, has_auth=has_auth)
-        host, port = listener.getsockname()[:2]
-        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        on_ready(url_of(listener))
         options = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S)
         uvicorn.Server(options).run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bound(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        cure = "choose another port (port=0: any free one)"
-        raise UserError(f"cannot listen: {error.strerror}", where=f"{config.host}:{config.port}", cure=cure) from None
-    return listener

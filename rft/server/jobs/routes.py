@@ -10,8 +10,9 @@ from fastapi import APIRouter, Query, Request
 
 from rft.server.errors import ApiError
 from rft.server.index import Page
+from rft.server.jobs import actions
 from rft.server.jobs.bodies import JobBody
-from rft.server.jobs.store import ENDED, JOB
+from rft.server.jobs.store import JOB
 from rft.server.jobs.submission import create_job
 from rft.server.services import CallerDep, Services, ServicesDep
 from rft.server.views.checkpoints import checkpoint_objects
@@ -51,36 +52,19 @@ async def retrieve(job_id: str, services: ServicesDep, caller: CallerDep) -> dic
 @router.post("/{job_id}/cancel")
 async def cancel(job_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The job: cancelled, or still running until its process has ended."""
-    _not_ended(services.jobs.get(job_id, caller.project), "cancelled")
-    services.worker.ask(job_id, "cancel")
-    return services.jobs.get(job_id)
+    return actions.cancel(services, job_id, caller.project)
 
 
 @router.post("/{job_id}/pause")
 async def pause(job_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The job: paused, or still running until the step it is in has ended and a snapshot is made."""
-    job = services.jobs.get(job_id, caller.project)
-    _not_ended(job, "paused")
-    if job["status"] == "validating_files":
-        message = f"Job {job_id} is still validating its files; pause it when it is queued or running."
-        raise ApiError(message, code="invalid_job_status")
-    if job["status"] != "paused":
-        services.worker.ask(job_id, "pause")
-    return services.jobs.get(job_id)
+    return actions.pause(services, job_id, caller.project)
 
 
 @router.post("/{job_id}/resume")
 async def resume(job_id: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     """The job, queued again; it goes on from its snapshot."""
-    job = services.jobs.get(job_id, caller.project)
-    _not_ended(job, "resumed")
-    if job["status"] != "paused":
-        message = f"Job {job_id} is {job['status']}; only a paused job can be resumed."
-        raise ApiError(message, code="invalid_job_status")
-    job = services.jobs.update(job_id, status="queued")
-    services.jobs.add_event(job_id, "Fine-tuning job resumed, moving job to queued state")
-    services.worker.wake()
-    return job
+    return actions.resume(services, job_id, caller.project)
 
 
 @router.get("/{job_id}/events")
@@ -116,13 +100,6 @@ def _checkpoints(services: Services, job: dict[str, Any]) -> list[dict[str, Any]
     if not (folder / "config.json").is_file():
         return []  # it has not run yet
     return checkpoint_objects(RunStore.open(folder), job, services.config.organization)
-
-
-def _not_ended(job: dict[str, Any], what: str) -> None:
-    """Raises ApiError: 400 and not 409, which clients would send again."""
-    if job["status"] in ENDED:
-        message = f"Job {job['id']} has already ended ({job['status']}) and cannot be {what}."
-        raise ApiError(message, code="job_already_terminal")
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:
