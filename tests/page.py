@@ -51,7 +51,8 @@ def ask(address: str, path: str, *, method: str = "GET", body: Any = None, **hea
         connection.putrequest(method, path, skip_host="host" in headers, skip_accept_encoding=True)
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        for name, value in ({"content-length": str(len(data))} if method != "GET" else {}).items() | given.items():
+        length = {"content-length": str(len(data))} if method != "GET" else {}
+        for name, value in (length | given).items():
             connection.putheader(name, value)
         connection.endheaders(data or None)
         answer = connection.getresponse()

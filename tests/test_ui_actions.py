@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from fakes import ScriptedServer, verdict
-from page import assert_guarded, children, post, rft_ui
+from page import ask, assert_guarded, children, post, rft_ui
 from run_folders import a_run, an_item, train_step, write_data
 from serving import served
 
@@ -417,6 +417,14 @@ def test_hostile_rows_are_cut(page: str) -> None:
 def test_a_dataset_that_is_too_large_is_refused_as_it_arrives(page: str, tmp_path: Path) -> None:
     answer = post(page, "/ui/api/datasets/validate", b'{"text": "' + b" " * MAX_DATASET_BYTES + b'"}')
     assert answer.status == 413 and f"{MAX_DATASET_BYTES:,}" in answer.message
+
+
+def test_a_body_that_stops_arriving_is_not_waited_for(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rft.ui.routes.tries.SILENCE_S", 0.2)
+    for path in ("/ui/api/datasets/validate", f"/ui/api/runs/{RUN}/grade"):
+        answer = ask(page, path, method="POST", body=b"{", content_type="application/json", content_length="100")
+        assert answer.status == 408 and "no part of the body" in answer.message
+        assert_guarded(answer)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"text": 1}', b'{"text": "", "x": 1}', b'{"text": "\xff"}'])

@@ -233,6 +233,15 @@ def test_the_servers_models_judge_and_their_keys_stay_in_the_server(place: Place
     assert JUDGE_KEY not in json.dumps(place.grade({"type": "python", "name": "p", "source": source}))
 
 
+def test_a_judge_that_fails_is_a_problem_of_each_rollout(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(self: Inference, target: Any, body: dict[str, Any]) -> dict[str, Any]:
+        raise KeyError(SECRET)
+
+    monkeypatch.setattr(Inference, "chat", fails)
+    for each in place.grade({**SCORE, "model": "m"})["graded"]:
+        assert each["grade"] is None and each["problem"] == "the server had an error while it asked the judge"
+
+
 def test_a_job_that_has_not_run_has_no_rollouts(place: Place) -> None:
     answer = place.post(f"/ui/api/runs/{place.jobs[MINE][1]}/grade", {"grader": EXACT})
     assert answer.status == 400 and "has not run yet" in answer.message

@@ -55,9 +55,10 @@ class Playground:
 
     async def validate(self, request: Request, body: AsyncIterator[bytes]) -> DatasetResult:
         """A DatasetTry as it arrives, put into a private file and looked through. Raises Refusal, UserError."""
-        with self._turn(self.judging.owner(request), "dataset"), TemporaryDirectory(prefix="rft-dataset-") as folder:
+        with TemporaryDirectory(prefix="rft-dataset-") as folder, contextlib.ExitStack() as stack:
             path = Path(folder) / "body.json"
             await _store(body, path)
+            stack.enter_context(self._turn(self.judging.owner(request), "dataset"))
             try:
                 answer = await run_apart("dataset", {"body": str(path)}, deadline_s=DEADLINE_S)
             except TryError as error:

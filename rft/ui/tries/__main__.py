@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rft.errors import RftError, UserError
+from rft.ui.lines import cut
 from rft.ui.tries import dataset, grading
 from rft.ui.tries.relay import MAX_LINE_BYTES, Relay
 
@@ -31,9 +32,10 @@ async def _run(story: str, stdout: int) -> None:
     try:
         answer = await STORIES[story](request, relay)
     except UserError as error:
-        answer = {"problem": f"{error.problem}" + (f" ({error.cure})" if error.cure else ""), "field": error.where}
+        text = cut(error.problem) + (f" ({error.cure})" if error.cure else "")
+        answer = {"problem": text, "field": cut(error.where)}
     except RftError as error:
-        answer = {"problem": str(error), "field": None}
+        answer = {"problem": cut(str(error)), "field": None}
     except MemoryError:
         answer = {"problem": f"it needs more than {MEMORY_BYTES // 2**30} GiB of memory", "field": None}
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +24,7 @@ from rft.graders.judge import Judges, SamplingParams
 from rft.supervise import supervised
 from rft.ui.tries.relay import MAX_LINE_BYTES
 
+logger = logging.getLogger("rft.ui")
 _GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _CLOSE_S = 4.0
 _KEPT = ("HF_HUB_OFFLINE", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE", "PATH", "VIRTUAL_ENV")
@@ -56,7 +58,7 @@ async def run_apart(
                 return await _converse(process, request, judges or Judges())
         except TimeoutError:
             raise TryError(f"there was no result within {deadline_s:g} s, and the try was ended") from None
-        except (OSError, ValueError, asyncio.IncompleteReadError):
+        except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             raise TryError("the process of the try ended without a result; the server's log may say why") from None
         finally:
             await asyncio.shield(_end(process))
@@ -65,7 +67,7 @@ async def run_apart(
 
 
 async def _start(story: str, scratch: Path) -> Process:
-    """`-P`: what lies in the working directory is not imported; our own path is passed on."""
+    """With our own import path, and not that of the working directory (`-P`)."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     places = {"HOME": str(scratch), "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return await asyncio.create_subprocess_exec(
@@ -102,6 +104,9 @@ async def _judge(stdin: asyncio.StreamWriter, ask: Ask, judges: Judges) -> None:
         verdict = await judges[ask.judge].ask(ask.messages, ask.schema, SamplingParams.model_validate(ask.params))
     except GraderError as error:
         reply: dict[str, Any] = {"problem": error.problem, "flag": error.flag, "cure": error.cure}
+    except Exception:  # a bug: the child must not wait for an answer that never comes
+        logger.exception("the judge of a try could not be asked")
+        reply = {"problem": "the server had an error while it asked the judge", "flag": "other_error", "cure": ""}
     else:
         reply = {"answer": verdict.answer, "usage": verdict.usage.model_dump(), "errors": verdict.errors}
     with contextlib.suppress(ConnectionError):  # the child has ended: nobody waits for the answer
