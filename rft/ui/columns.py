@@ -5,7 +5,6 @@ One array of doubles per name, so that 10,000 rows of 80 numbers take 6 MB. A re
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from array import array
@@ -16,7 +15,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from rft.files import finite, parsed
+from rft.files import parsed
+from rft.ui.catalog.files import MAX_STEP
 from rft.ui.growing import Mark, lines, mark_at, resume
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Table:
             found = [row.get(name, NAN) for row in rows]
             try:
                 column.extend(array("d", found))
-            except TypeError:  # null, or text
+            except (TypeError, OverflowError):  # null, text, or hundreds of digits
                 column.extend(map(_number, found))
         self.steps.extend(row["step"] for row in rows)
 
@@ -132,7 +132,8 @@ class Columns:
 
     def _sort(self, line: bytes, rows: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
         row = _read(line)
-        if row is None or not isinstance(row.get("step"), int):
+        step = row.get("step") if row is not None else None
+        if row is None or not isinstance(step, int) or not 0 <= step < MAX_STEP:
             self.num_unreadable += bool(line.strip())
         elif (kind := row.get("kind")) in _KINDS:
             key = (str(kind), str(row.get("split")) if kind == "evaluation" else "")
@@ -140,13 +141,15 @@ class Columns:
 
 
 def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else NAN
+    try:
+        return float(value) if isinstance(value, int | float) else NAN
+    except OverflowError:  # a whole number with hundreds of digits
+        return NAN
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
     try:
         row = msgspec.json.decode(line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # numbers that are not finite, half surrogate pairs
         row = parsed(line)
-        row = None if row is None else json.loads(json.dumps(finite(row)))
     return row if isinstance(row, dict) else None

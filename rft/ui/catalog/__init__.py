@@ -112,7 +112,10 @@ class Catalog:
             row = database.execute("SELECT place FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
             return Place(row[0] >> OFFSET_BITS, row[0] & (1 << OFFSET_BITS) - 1) if row else None
 
-        return self._answer(ask, (0, 0)) or self._answer(ask)
+        place = self._answer(ask, (0, 0))
+        if place is not None:  # unless that file has changed
+            place = self._answer(ask, (place.step, place.step + 1))
+        return place or self._answer(ask)
 
     def group(self, step: int, split: str, item_id: str) -> list[RolloutLine]:
         """The rollouts of an item at a step, by attempt."""
