@@ -10,6 +10,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -33,6 +34,7 @@ class Table:
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: dict[str, array[float]] = field(default_factory=dict)
     places: dict[int, int] = field(default_factory=dict)  # step -> where
+    is_ordered: bool = True  # by step
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
         """Add rows with steps, a column at a time: ten times as fast as a row at a time."""
@@ -57,7 +59,9 @@ class Table:
                 column.extend(array("d", found))
             except (TypeError, OverflowError):  # null, text, or hundreds of digits
                 column.extend(map(_number, found))
-        self.steps.extend(row["step"] for row in rows)
+        steps = [row["step"] for row in rows]
+        self.is_ordered = self.is_ordered and all(a < b for a, b in pairwise([*self.steps[-1:], *steps]))
+        self.steps.extend(steps)
 
     def _replace(self, index: int, row: dict[str, Any]) -> None:
         for name, column in self.values.items():
@@ -68,7 +72,7 @@ class Table:
         if name not in self.values:
             return [], []
         column = self.values[name]
-        if all(before < after for before, after in zip(self.steps, self.steps[1:], strict=False)):
+        if self.is_ordered:
             return list(self.steps), list(column)
         order = sorted(range(len(self.steps)), key=self.steps.__getitem__)
         return [self.steps[index] for index in order], [column[index] for index in order]
