@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -220,7 +221,12 @@ def test_questions_that_are_refused(query: dict[str, Any]) -> None:
         Filters(**query)
 
 
-@pytest.mark.parametrize("after", ["x", "!!!", "e30=", "W10=", "WyItZ3JhZGUiLHt9LDFd", "=" * 9])
+TOO_LARGE = [
+    base64.urlsafe_b64encode(json.dumps(["-grade", *place]).encode()).decode() for place in ([1, 10**30], [10**30, 1])
+]
+
+
+@pytest.mark.parametrize("after", ["x", "!!!", "e30=", "W10=", "WyItZ3JhZGUiLHt9LDFd", "=" * 9, *TOO_LARGE])
 def test_a_place_that_is_none(store: RunStore, after: str) -> None:
     with pytest.raises(UserError, match="no place in the table"):
         Catalog(store).page(Filters(sort="-grade", after=after))
