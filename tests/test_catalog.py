@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -220,7 +221,12 @@ def test_questions_that_are_refused(query: dict[str, Any]) -> None:
         Filters(**query)
 
 
-@pytest.mark.parametrize("after", ["x", "!!!", "e30=", "W10=", "WyItZ3JhZGUiLHt9LDFd", "=" * 9])
+TOO_LARGE = [
+    base64.urlsafe_b64encode(json.dumps(["-grade", *place]).encode()).decode() for place in ([1, 10**30], [10**30, 1])
+]
+
+
+@pytest.mark.parametrize("after", ["x", "!!!", "e30=", "W10=", "WyItZ3JhZGUiLHt9LDFd", "=" * 9, *TOO_LARGE])
 def test_a_place_that_is_none(store: RunStore, after: str) -> None:
     with pytest.raises(UserError, match="no place in the table"):
         Catalog(store).page(Filters(sort="-grade", after=after))
@@ -271,6 +277,10 @@ def test_a_row_made_again_counts_as_made_last(store: RunStore) -> None:
     assert [(line.grade, line.attempt) for line in lines] == [(0.99, 77)]
     assert len(everything(catalog)) == 72
     assert old.id in [line.id for line in everything(catalog, grade_min=0.98)]
+    store.append_rollout(old.model_copy(update={"attempt": 78}))
+    place = catalog.find(old.id)
+    assert place is not None and place.step == 3
+    assert json.loads(store.rollout_path(3).read_bytes()[place.offset :].splitlines()[0])["attempt"] == 78
 
 
 def test_a_rewound_run(store: RunStore) -> None:
@@ -425,6 +435,30 @@ def test_many_readers_while_a_run_writes(store: RunStore) -> None:
     assert [line.id for line in lines] == [rollout.id for rollout in store.rollouts()]
 
 
+def test_killed_while_it_reads(tmp_path: Path) -> None:
+    """Whoever reads may be killed at any moment: the next one goes on, nothing is lost or twice."""
+    store, rng = RunStore.create(tmp_path, "run", {}), random.Random(11)
+    for step, attempt in itertools.product(range(40), range(10)):
+        store.append_rollout(varied_rollout(rng, step, attempt))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom rft.store import RunStore\nimport rft.ui.catalog as catalog\n"
+        "catalog._BUDGET_S = catalog._CHUNK_S = 0.0\n"
+        "index = catalog.Catalog(RunStore(Path(sys.argv[1])))\n"
+        "while True:\n    print(index.page(catalog.Filters()).num_matching, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(store.path)]
+    for num_answers in (1, 3, 5):
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as reader:
+            try:
+                assert reader.stdout is not None
+                assert all(reader.stdout.readline().strip() for _ in range(num_answers))
+            finally:
+                reader.kill()
+    expected = [rollout.id for rollout in store.rollouts()]
+    assert [line.id for line in everything(Catalog(store), sort="step", limit=500)] == expected
+
+
 # --- other versions, hostile rows ---
 
 
@@ -441,9 +475,12 @@ def test_rows_of_other_versions(store: RunStore) -> None:
     odd = row | {"id": "odd", "grade": {"score": float("nan")}, "error": "half \ud800 pair", "duration_s": float("inf")}
     for found in (old, new, odd | {"duration_s": 1.0}, row | {"id": "wrong", "turns": "none"}):
         _append_row(store, 6, found)
+    _append_row(store, 6, row | {"id": "huge", "attempt": 10**30})
+    with store.rollout_path(6).open("a") as file:
+        file.write('{"id": "deep", "environment": ' + '{"a":[' * 50_000 + "]}" * 50_000 + "}\n")
     catalog = Catalog(store)
     lines = {line.id: line for line in everything(catalog, step=6)}
-    assert set(lines) == {"old", "new", "odd"} and catalog.unreadable() == {6: 1}
+    assert set(lines) == {"old", "new", "odd"} and catalog.unreadable() == {6: 3}
     assert (lines["old"].opening, lines["old"].num_tokens, lines["old"].grade) == ("short and old", 2, None)
     assert (lines["new"].stop_reason, lines["new"].grade) == ("bored", 1.0)
     assert (lines["odd"].grade, lines["odd"].error) == (None, "half ? pair")

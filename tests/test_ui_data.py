@@ -214,16 +214,20 @@ def test_charts_of_rows_that_lack_something(tmp_path: Path) -> None:
     store.append_metrics({"step": 3, "kind": "training", "train/grade": 0.2, "novel": {"deep": [1]}})
     store.append_metrics({"step": 3, "kind": "training", "train/grade": 0.3})
     store.append_metrics({"step": 9, "kind": "novel", "train/grade": 0.3})
+    store.append_metrics({"step": 3, "kind": "evaluation", "split": "novel", "grade": 0.3})
     store.append_metrics({"kind": "training", "train/grade": 0.3})
     store.close()
     path = store.path / "metrics.jsonl"
     with path.open("ab") as file:
-        file.write(b'{"step": 4, "kind": "tra\n[1]\n{"step": 5, "kind": "training", "train/gr')
+        file.write(b'{"step": 4, "kind": "tra\n[1]\n' + b"[" * 100_000 + b"]" * 100_000 + b"\n")
+        file.write(b'{"step": %d, "kind": "training"}\n' % 10**300)
+        file.write(b'{"step": 2, "kind": "training", "train/loss": %d}\n' % 10**400)
+        file.write(b'{"step": 5, "kind": "training", "train/gr')
     with page(tmp_path) as reader:
         (grade,) = reader.get("/runs/run/charts")["charts"][0]["series"]
         assert (grade["x"], grade["y"]) == ([1, 2, 3], [0.1, None, 0.3])
         assert reader.get("/runs/run")["problems"] == [
-            "3 lines of metrics.jsonl cannot be read: cut off when they were written, or changed"
+            "5 lines of metrics.jsonl cannot be read: cut off when they were written, or changed"
         ]
         with path.open("ab") as file:
             file.write(b'ade": 0.5}\n')

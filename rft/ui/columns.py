@@ -5,18 +5,19 @@ One array of doubles per name, so that 10,000 rows of 80 numbers take 6 MB. A re
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from rft.files import finite, parsed
+from rft.files import parsed
+from rft.ui.catalog.files import MAX_STEP
 from rft.ui.growing import Mark, lines, mark_at, resume
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Table:
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: dict[str, array[float]] = field(default_factory=dict)
     places: dict[int, int] = field(default_factory=dict)  # step -> where
+    is_ordered: bool = True  # by step
 
     def extend(self, rows: list[dict[str, Any]]) -> None:
         """Add rows with steps, a column at a time: ten times as fast as a row at a time."""
@@ -55,9 +57,11 @@ class Table:
             found = [row.get(name, NAN) for row in rows]
             try:
                 column.extend(array("d", found))
-            except TypeError:  # null, or text
+            except (TypeError, OverflowError):  # null, text, or hundreds of digits
                 column.extend(map(_number, found))
-        self.steps.extend(row["step"] for row in rows)
+        steps = [row["step"] for row in rows]
+        self.is_ordered = self.is_ordered and all(a < b for a, b in pairwise([*self.steps[-1:], *steps]))
+        self.steps.extend(steps)
 
     def _replace(self, index: int, row: dict[str, Any]) -> None:
         for name, column in self.values.items():
@@ -68,7 +72,7 @@ class Table:
         if name not in self.values:
             return [], []
         column = self.values[name]
-        if all(before < after for before, after in zip(self.steps, self.steps[1:], strict=False)):
+        if self.is_ordered:
             return list(self.steps), list(column)
         order = sorted(range(len(self.steps)), key=self.steps.__getitem__)
         return [self.steps[index] for index in order], [column[index] for index in order]
@@ -132,7 +136,8 @@ class Columns:
 
     def _sort(self, line: bytes, rows: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
         row = _read(line)
-        if row is None or not isinstance(row.get("step"), int):
+        step = row.get("step") if row is not None else None
+        if row is None or not isinstance(step, int) or not 0 <= step < MAX_STEP:
             self.num_unreadable += bool(line.strip())
         elif (kind := row.get("kind")) in _KINDS:
             key = (str(kind), str(row.get("split")) if kind == "evaluation" else "")
@@ -140,13 +145,15 @@ class Columns:
 
 
 def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else NAN
+    try:
+        return float(value) if isinstance(value, int | float) else NAN
+    except OverflowError:  # a whole number with hundreds of digits
+        return NAN
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
     try:
         row = msgspec.json.decode(line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # numbers that are not finite, half surrogate pairs
         row = parsed(line)
-        row = None if row is None else json.loads(json.dumps(finite(row)))
     return row if isinstance(row, dict) else None

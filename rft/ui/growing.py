@@ -20,21 +20,26 @@ class Mark:
     tail: bytes = b""
 
 
+def inode_of(status: os.stat_result) -> int:
+    """As much of it as SQLite's signed integers hold: some file systems use all 64 bits."""
+    return status.st_ino & (1 << 62) - 1
+
+
 def resume(file: BinaryIO, mark: Mark) -> Mark:
     """The mark if the file still is the one that was read up to it, else one at its start."""
     status = os.fstat(file.fileno())
     start = max(0, mark.offset - _TAIL_BYTES)
     is_same = (
-        status.st_ino == mark.inode
+        inode_of(status) == mark.inode
         and status.st_size >= mark.offset
         and os.pread(file.fileno(), mark.offset - start, start) == mark.tail
     )
-    return mark if is_same else Mark(status.st_ino)
+    return mark if is_same else Mark(inode_of(status))
 
 
 def mark_at(file: BinaryIO, offset: int) -> Mark:
     start = max(0, offset - _TAIL_BYTES)
-    return Mark(os.fstat(file.fileno()).st_ino, offset, os.pread(file.fileno(), offset - start, start))
+    return Mark(inode_of(os.fstat(file.fileno())), offset, os.pread(file.fileno(), offset - start, start))
 
 
 def lines(file: BinaryIO, offset: int) -> Iterator[tuple[int, bytes]]:

@@ -7,13 +7,15 @@ asks, which makes reading a row ten times as fast as making a Rollout of it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from rft.files import finite, parsed
 
 _EMPTY = msgspec.Raw(b"[]")
+_LARGEST = 2**53  # what every reader of JSON can hold, and SQLite
+Int = Annotated[int, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 
 
 class CallRow(msgspec.Struct, gc=False):
@@ -28,7 +30,7 @@ class ResultRow(msgspec.Struct, gc=False):
     call_id: str = ""
     is_error: bool = False
     latency_s: float = 0.0
-    num_attempts: int = 1
+    num_attempts: Int = 1
 
 
 class ReplyRow(msgspec.Struct, gc=False):
@@ -50,9 +52,9 @@ class TurnRow(msgspec.Struct, gc=False):
     results: list[ResultRow] = []
     replies: list[ReplyRow] = []
     finish_reason: str = ""
-    policy_version: int = 0
+    policy_version: Int = 0
     is_fork: bool = False
-    reasoning_tokens: int = 0
+    reasoning_tokens: Int = 0
     started_s: float = 0.0
     sampled_s: float = 0.0
 
@@ -78,9 +80,9 @@ class RolloutRow(msgspec.Struct, gc=False):
     id: str
     item_id: str = ""
     split: str = "train"
-    step: int = 0
-    attempt: int = 0
-    seed: int = 0
+    step: Int = 0
+    attempt: Int = 0
+    seed: Int = 0
     turns: list[TurnRow] = []
     stop_reason: str = "unknown"
     grade: GradeRow | None = None
@@ -97,19 +99,18 @@ def read_row(line: bytes) -> RolloutRow | None:
     """The rollout on a line; None when it was cut off or is nothing that any version of rft writes."""
     try:
         return _decoder.decode(line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return _read_leniently(line)
 
 
 def _read_leniently(line: bytes) -> RolloutRow | None:
     """Half surrogate pairs and numbers that are not finite, which Python's own JSON writes and others refuse."""
-    row = parsed(line)
-    if row is None:
-        return None
-    text = json.dumps(finite(row), ensure_ascii=False).encode("utf-8", "replace")
     try:
-        return _decoder.decode(text)
-    except msgspec.MsgspecError:
+        row = parsed(line)
+        if row is None:
+            return None
+        return _decoder.decode(json.dumps(finite(row), ensure_ascii=False).encode("utf-8", "replace"))
+    except (msgspec.MsgspecError, RecursionError):
         return None
 
 

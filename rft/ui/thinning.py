@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -22,6 +23,9 @@ def thinned(values: Sequence[float], max_points: int) -> list[int]:
 
 
 def _extremes(values: Sequence[float], start: int, end: int) -> tuple[int, ...]:
+    stretch = values[start:end]
+    if not math.isnan(sum(stretch)):  # the fast way, which NaN would lead astray
+        return start + stretch.index(min(stretch)), start + stretch.index(max(stretch))
     known = [index for index in range(start, end) if values[index] == values[index]]
     if not known:
         return (start,)

@@ -112,7 +112,10 @@ class Catalog:
             row = database.execute("SELECT place FROM rollouts WHERE id = ?", (rollout_id,)).fetchone()
             return Place(row[0] >> OFFSET_BITS, row[0] & (1 << OFFSET_BITS) - 1) if row else None
 
-        return self._answer(ask, (0, 0)) or self._answer(ask)
+        place = self._answer(ask, (0, 0))
+        if place is not None:  # unless that file has changed
+            place = self._answer(ask, (place.step, place.step + 1))
+        return place or self._answer(ask)
 
     def group(self, step: int, split: str, item_id: str) -> list[RolloutLine]:
         """The rollouts of an item at a step, by attempt."""
@@ -121,9 +124,8 @@ class Catalog:
         found.add("split = ? AND item_id = ?", split, item_id)
 
         def ask(database: sqlite3.Connection, share: float) -> list[RolloutLine]:
-            return [
-                as_line(step, values) for step, values, *_ in _lines(database, found, "attempt, place", query.MAX_LIMIT)
-            ]
+            rows = _lines(database, found, "attempt, place", query.MAX_LIMIT)
+            return [as_line(step, values) for step, values, *_ in rows]
 
         return self._answer(ask, (step, step + 1))
 
@@ -177,7 +179,7 @@ class Catalog:
 
     def _search(self, database: sqlite3.Connection, text: str, steps: tuple[int, int]) -> str:
         """Places as a JSON list; the last answer is kept for the pages that follow."""
-        total = database.execute("SELECT sum(offset), sum(inode), count(*) FROM files").fetchone()
+        total = database.execute("SELECT sum(offset), sum(inode % 1000003), count(*) FROM files").fetchone()
         key = (text, steps, total)
         searched = self._searched
         if searched is None or searched[0] != key:

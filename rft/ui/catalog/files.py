@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rft.ui.catalog.database import OFFSET_BITS
+from rft.ui.growing import inode_of
 
 MAX_STEP = 1 << (62 - OFFSET_BITS)
 _NUM_NEWEST = 16  # steps that a run may be writing: evaluations of past ones, sampling of future ones
@@ -55,7 +56,7 @@ class StepFiles:
         except FileNotFoundError:  # moved aside meanwhile
             del self._known[step]
         else:
-            self._known[step] = StepFile(step, path, status.st_ino, status.st_size)
+            self._known[step] = StepFile(step, path, inode_of(status), status.st_size)
 
 
 def _changed_ns(folder: Path) -> int:
@@ -80,4 +81,4 @@ def _scan(folder: Path) -> Iterator[StepFile]:
                 status = file.stat()
             except FileNotFoundError:  # moved aside meanwhile
                 continue
-            yield StepFile(int(number), Path(file.path), status.st_ino, status.st_size)
+            yield StepFile(int(number), Path(file.path), inode_of(status), status.st_size)

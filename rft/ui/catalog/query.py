@@ -16,6 +16,7 @@ from rft.ui.catalog.database import OFFSET_BITS
 from rft.ui.catalog.files import MAX_STEP
 
 MAX_LIMIT = 500
+_TOO_LARGE = 1 << 63  # for SQLite
 _SORTS = {  # names of RolloutLine -> what is compared
     **dict.fromkeys(("id", "item_id", "split", "attempt", "grade", "stop_reason", "num_turns", "num_tokens")),
     **dict.fromkeys(("num_reasoning_tokens", "started_at", "duration_s", "error", "opening")),
@@ -119,6 +120,8 @@ def add_cursor(found: Condition, sort: str, after: str) -> None:
     try:
         made_for, value, place = json.loads(base64.urlsafe_b64decode(after))
         if made_for != sort or not isinstance(place, int) or not isinstance(value, str | int | float | None):
+            raise ValueError
+        if any(isinstance(number, int) and abs(number) >= _TOO_LARGE for number in (value, place)):
             raise ValueError
     except (ValueError, TypeError, binascii.Error):
         cure = "send `next` of the page before, with the same sort"

@@ -1,7 +1,7 @@
 """Which rollouts have a text: every indexed text is looked through, a block of many rollouts at a time.
 
-Measured on 100,000 rollouts against a trigram index (FTS5): that is three times as large as the texts and takes longer
-to build than everything else together.
+70 MB of text, of 100,000 rollouts, take 0.1 s of a CPU. A trigram index (FTS5) answers three to five times as fast, but
+is 2.3 times as large as the text, takes half as long again to index, and knows no text of less than three letters.
 """
 
 from __future__ import annotations
