@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing: show."""
+"""Commands that look at runs and change nothing in them: show, compare, report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rft.errors import UserError
+from rft.types import Split
 
 app = typer.Typer()
 
@@ -27,7 +27,9 @@ def show(
     from rft.transcript import prompt_of, transcript
 
     store = view.open_run(run)
-    console = Console(highlight=False, soft_wrap=True)
+    from rft.tables import new_console
+
+    console = new_console()
     if rollout is not None:
         if live:
             raise UserError("a finished rollout does not change", where="--live", cure="leave out --live or --rollout")
@@ -42,3 +44,34 @@ def show(
             view.follow(store, console)
     else:
         console.print(view.overview(store))
+
+
+@app.command()
+def compare(
+    sides: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN[@STEP|@first|@last|@best]...", help="alone: its first and last evaluation"),
+    ],
+    split: Annotated[Split | None, typer.Option(help="by default what all have: test, else validation")] = None,
+    pass_at: Annotated[float | None, typer.Option(help="the grade with which a rollout passes")] = None,
+    slow_s: Annotated[float | None, typer.Option(help="seconds above which a rollout is slow")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write compare.json, .png and .html there")] = None,
+) -> None:
+    """Compare evaluations item by item: what changed, how surely, where."""
+    from rft.compare.comparison import compare as compared
+    from rft.compare.page import write_comparison
+    from rft.compare.sides import find_sides
+    from rft.compare.tables import tables
+    from rft.tables import new_console
+
+    comparison = compared(find_sides(sides, split), pass_at=pass_at, slow_s=slow_s)
+    written = write_comparison(comparison, out) if out is not None else []
+    if as_json:
+        typer.echo(comparison.model_dump_json().encode("utf-8", "backslashreplace"))
+        return
+    console = new_console()
+    for part in tables(comparison, is_boxed=console.is_terminal):
+        console.print(part)
+    for path in written:
+        typer.echo(f"written: {path}")

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
+from rft.redaction import redacted
 from rft.server.errors import ApiError, not_found
 from rft.server.evals.routes import Limit, Metadata
 from rft.server.evals.runs import Assignment
@@ -17,7 +18,6 @@ from rft.server.evals.store import ITEM, RUN
 from rft.server.index import Order, Page
 from rft.server.json_bodies import SoundObject, SoundText
 from rft.server.keys import Caller
-from rft.server.redaction import redacted
 from rft.server.services import CallerDep, Services, ServicesDep
 from rft.store import RunStore
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rft.files import read_json, replace
+from rft.redaction import redacted
 from rft.server.errors import not_found
 from rft.server.evals.job_runs import criteria_of
 from rft.server.ids import new_id
 from rft.server.index import Index, Order, Page
 from rft.server.jobs.store import JOB, Jobs
-from rft.server.redaction import redacted
 
 EVAL, RUN, ITEM = "eval", "eval_run", "eval_item"  # kinds in the index
 _JOB_KEY = "fine_tuning_job_id"

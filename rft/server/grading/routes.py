@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from rft.envs.http import check_headers, is_absolute, problem_of, read_reply, too_large
 from rft.graders.run import run
+from rft.redaction import redacted
 from rft.server.errors import ApiError
 from rft.server.grading.judging import contract_form, grader_tools, wire_grader
 from rft.server.ids import new_id
 from rft.server.json_bodies import SoundJson, SoundObject, SoundText, cleaned
-from rft.server.redaction import redacted
 from rft.server.services import CallerDep, Services, ServicesDep
 from rft.wire import MAX_BODY_BYTES, Client, Reply, RetryPolicy, WireError, post_json, safe_url
 
