@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GRID, MUTED = "#24292F", "#D8DEE4", "#6E7781"
+PAGE_SIZE = (4.3, 3.5)  # inches of a figure in a page: its text is readable on a telephone
 _DPI = 150
 _MAX_NAME = 28  # characters of a name in a legend
 # what a page may set: style sheets of rft/templates/base.html

@@ -21,7 +21,7 @@ def new_console() -> Console:
 
 def new_table(*headings: str, left: Collection[str] = (), is_boxed: bool = True) -> Table:
     """Columns to the right, those of `left` to the left. Headings are foreign too."""
-    table = Table(pad_edge=False) if is_boxed else Table(box=None, pad_edge=False)
+    table = Table() if is_boxed else Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(cell(heading), justify="left" if heading in left else "right")
     return table

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout rft.threads",
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.breakdown rft.files rft.live rft.supervise rft.tracking "
-    "rft.redaction rft.figures rft.html",
+    "rft.redaction rft.figures rft.html rft.tables rft.sparkline",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rft.compare.result import Comparison, ItemLine, Pairing
-from rft.figures import COLOURS, GRID, INK, MUTED, finish, name_of, new_figure, png, svg
+from rft.figures import COLOURS, GRID, INK, MUTED, PAGE_SIZE, finish, name_of, new_figure, png, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def draw_svgs(comparison: Comparison) -> list[str]:
     """Each panel as an element of a page."""
     found = []
     for draw, name, described in _panels(comparison):
-        figure, (panel,) = new_figure(5, 4)
+        figure, (panel,) = new_figure(*PAGE_SIZE)
         draw(panel, comparison)
         found.append(svg(figure, name, described))
     return found

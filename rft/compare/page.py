@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from pathlib import Path
 
@@ -21,12 +22,16 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """compare.json, compare.png and compare.html. Raises StorageError."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    as_json = comparison.model_dump_json(indent=2) + "\n"
     return [
-        replace(folder / "compare.json", as_json.encode("utf-8", "backslashreplace")),
+        replace(folder / "compare.json", to_json(comparison, indent=2).encode()),
         replace(folder / "compare.png", draw_png(comparison)),
         replace(folder / "compare.html", page(comparison).encode()),
     ]
+
+
+def to_json(comparison: Comparison, indent: int | None = None) -> str:
+    """As ASCII: foreign text may hold halves of characters, which UTF-8 cannot."""
+    return json.dumps(comparison.model_dump(), indent=indent, allow_nan=False) + "\n"
 
 
 def page(comparison: Comparison) -> str:
