@@ -5,6 +5,7 @@ What is left out is said in `problems`. Where a run must be read whole or not at
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,9 +99,9 @@ def metric_rows(store: RunStore, kind: Literal["training", "evaluation"]) -> lis
 
 
 def number(row: dict[str, Any], name: str) -> float | None:
-    """A number of a row; None where it is missing, null, or not a number."""
+    """A number of a row; None where it is missing, null, or no finite number."""
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def config_and_state(store: RunStore) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

@@ -158,7 +158,7 @@ def overview(store: RunStore, *, is_boxed: bool = True) -> RenderableType:
 
 def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     state = known["state"]
-    progress = f", step {state['step']} of {state['steps']} done" if "step" in state else ""
+    progress = f", step {state['step']} of {state['steps']} done" if {"step", "steps"} <= state.keys() else ""
     writer = f" by process {known['writer_pid']}" if known["writer_pid"] is not None else ""
     lines = [f"{known['run_id']}: {known['status']}{writer}{progress}"]
     if known["status"] == "killed":
@@ -181,14 +181,14 @@ def _training_table(rows: list[dict[str, Any]], is_boxed: bool) -> Table:
     headings = "step,grade,valid calls,tool calls,tokens,useful groups,log-prob gap,seconds,ended by"
     table = new_table(*headings.split(","), left=_LEFT, is_boxed=is_boxed)
     for row in rows:
-        total = row.get("groups/total", 0)
+        total, without = (number(row, name) or 0 for name in ("groups/total", "groups/no_signal"))
         table.add_row(
             cell(row["step"]),
             cell(_with_interval(row, "train/grade")),
             cell(_number(row, "train/valid_call_share")),
             cell(_number(row, "train/tool_calls", digits=2)),
             cell(_number(row, "train/sampled_tokens", digits=0)),
-            cell(f"{total - row.get('groups/no_signal', 0)}/{total}"),
+            cell(f"{total - without:.0f}/{total:.0f}"),
             cell(_number(row, "logprob_gap/mean", digits=5)),
             cell(_number(row, "time/step_s", digits=1)),
             cell(_ends(row)),
@@ -228,8 +228,11 @@ def _number(row: dict[str, Any], name: str, digits: int = 3) -> str:
 
 
 def _event_line(event: dict[str, Any]) -> str:
-    when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-    return f"  {when} {event.get('level', ''):<5} " + _indented(str(event.get("message", "")))
+    try:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(number(event, "time")))
+    except (OverflowError, ValueError, OSError):  # no time that this machine knows
+        when = "-"
+    return f"  {when} {event.get('level', '')!s:<5} " + _indented(str(event.get("message", "")))
 
 
 def _indented(text: str) -> str:

@@ -98,7 +98,8 @@ def prompt_of(rollout: Rollout, config: dict[str, Any]) -> str:
     if not rollout.turns:
         return "(nothing was sampled)"
     ids = rollout.turns[0].input_ids
-    path = Path(config.get("model", {}).get("path", "")) / "tokenizer.json"
+    model = config.get("model")
+    path = Path(str(model.get("path", "")) if isinstance(model, dict) else "") / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -28,6 +29,9 @@ from rft.compare.sides import find_sides
 from rft.compare.tables import tables, verdict
 from rft.errors import UserError
 from rft.metrics import rollout_metrics
+from rft.report.numbers import report_of
+from rft.report.page import page as report_page
+from rft.show import overview
 from rft.store import RunStore
 from rft.types import Grade, Group, Rollout, StopReason
 
@@ -410,3 +414,54 @@ def test_the_command(run: RunStore, tmp_path: Path) -> None:
     assert Comparison.model_validate_json(as_json.stdout).pass_at == 0.9
     wrong = rft("compare", str(run.path), "--split", "test")
     assert wrong.returncode == 2 and "has validation at 0, 2, 4" in wrong.stderr
+
+
+ODD = ["text", None, [], {}, -1, 1e308, float("nan"), float("inf"), True, HOSTILE]
+
+
+def damaged(path: Path, random: np.random.Generator) -> None:
+    """Cut the file somewhere, or put something odd for a value of one of its rows."""
+    text = path.read_text()
+    if random.random() < 0.3 or not text.strip():
+        path.write_text(text[: int(len(text) * random.random())])
+        return
+    lines = [text] if path.suffix == ".json" else text.splitlines()
+    number = int(random.integers(len(lines)))
+    row = json.loads(lines[number])
+    for _ in range(3):
+        place: Any = row
+        while (keys := list(place)) and random.random() < 0.7:
+            key = keys[int(random.integers(len(keys)))]
+            if not isinstance(place[key], dict) or not place[key]:
+                break
+            place = place[key]
+        if place:
+            place[list(place)[int(random.integers(len(place)))]] = ODD[int(random.integers(len(ODD)))]
+    lines[number] = json.dumps(row)
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_reader_survives_what_is_damaged(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    store = a_run(tmp_path, steps=2, every=1, num_items=2)
+    store.append_event("warn", "slow")
+    store.write_state({"status": "running", "step": 2, "steps": 2})
+    store.close()
+    files = ["config.json", "state.json", "events.jsonl", "metrics.jsonl", "rollouts/step_000002.jsonl"]
+    for name in random.choice(files, 2, replace=False):
+        damaged(store.path / str(name), random)
+    text = shown_overview(store)
+    assert "ftjob-1" in text
+    report_of(store)
+    if seed % 10 == 0:
+        assert dangers(report_page(store)) == []
+    with contextlib.suppress(UserError):  # nothing is left to compare, and it says what there is
+        compare(find_sides([str(store.path)]))
+
+
+def shown_overview(store: RunStore) -> str:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=220, record=True, file=nowhere)
+        console.print(overview(store))
+        return console.export_text()

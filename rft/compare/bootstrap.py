@@ -18,7 +18,7 @@ Counts = NDArray[np.float64]  # [resamples, items] how often each item was drawn
 
 NUM_RESAMPLES = 10_000
 _LEVEL = (2.5, 97.5)  # percentiles that hold 95%
-_MAX_CELLS = 4_000_000  # of one block of counts: 32 MB
+_MAX_CELLS = 1_000_000  # of one block of counts: 8 MB, and as much for every rollout of an item
 
 
 class Statistic(Protocol):

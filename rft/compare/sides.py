@@ -107,10 +107,10 @@ def find_sides(texts: Sequence[str], split: Split | None = None) -> list[Side]:
 def _meant(places: Sequence[Place], split: Split | None) -> list[tuple[Place, int, Split]]:
     for candidate in (split,) if split else _ORDER:
         steps = [place.step(candidate, is_explicit=split is not None) for place in places]
-        known = [step for step in steps if step is not None]
-        evaluations = {(place.store.path.resolve(), step) for place, step in zip(places, known, strict=False)}
-        if len(known) == len(places) and len(evaluations) > 1:
-            return [(place, step, candidate) for place, step in zip(places, known, strict=True)]
+        meant = [(place, step, candidate) for place, step in zip(places, steps, strict=True) if step is not None]
+        are_different = len({(place.store.path.resolve(), step) for place, step, _ in meant}) > 1
+        if len(meant) == len(places) and are_different:
+            return meant
     raise UserError(
         "the sides have no two evaluations of one split" if split is None else f"not all were evaluated on {split}",
         where=" ".join(str(place.store.path) for place in places),

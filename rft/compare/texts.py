@@ -61,7 +61,7 @@ def _rows(store: RunStore, config: dict[str, Any], split: Split, wanted: Collect
         with path.open("rb") as file:
             named = ((f"{path.stem}-{number:05d}", line) for number, line in enumerate(file, 1))
             return {item_id: row for item_id, line in named if item_id in wanted and (row := parsed(line))}
-    except OSError:
+    except (OSError, ValueError):  # gone, or no path at all
         return {}
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rft.files import finite
 from rft.metrics import mean_ci95, stop_shares
 from rft.report.figure import LABELS, Row, draw, label_of
-from rft.salvage import metric_rows, salvaged
+from rft.salvage import metric_rows, number, salvaged
 from rft.store import RunStore
 from rft.tables import cell
 from rft.types import Rollout, Split
@@ -42,7 +42,7 @@ def report_of(store: RunStore) -> dict[str, Any]:
         {
             "run_id": store.run_id,
             "steps": max((row["step"] for row in training), default=0),
-            "seconds": {phase: sum(row.get(f"time/{phase}_s") or 0.0 for row in training) for phase in PHASES},
+            "seconds": {phase: sum(number(row, f"time/{phase}_s") or 0.0 for row in training) for phase in PHASES},
             "splits": {split: _compare(store, split, evaluations[split]) for split in SPLITS if split in evaluations},
         }
     )
@@ -66,9 +66,9 @@ def _compare(store: RunStore, split: Split, rows: list[Row]) -> dict[str, Any]:
     changes = _changes(store, split, before["step"], after["step"]) if has_change else {}
     measures = {}
     for name in _measures(before):
-        measure = {"before": before.get(name), "before_ci95": before.get(f"{name}_ci95")}
+        measure = {"before": number(before, name), "before_ci95": number(before, f"{name}_ci95")}
         if has_change:
-            measure |= {"after": after.get(name), "after_ci95": after.get(f"{name}_ci95")}
+            measure |= {"after": number(after, name), "after_ci95": number(after, f"{name}_ci95")}
             measure |= changes.get(name, {})
         measures[name] = measure
     facts = {name: after.get(name) for name in ("num_items", "num_rollouts")}

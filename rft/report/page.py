@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import rft.doctor
 from rft import __version__
@@ -19,6 +19,7 @@ from rft.salvage import config_and_state, metric_rows, number, salvaged
 from rft.show import status
 from rft.store import RunStore
 from rft.transcript import prompt_of
+from rft.types import Split
 
 _NUM_EVENTS = 20
 _MAX_TURNS, _MAX_CALLS = 20, 10  # of an example
@@ -104,14 +105,14 @@ def _tiles(report: dict[str, Any], training: list[Row], evaluations: dict[str, l
 def _facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run was, from its config; what an older or newer one lacks is left out."""
     adapter = _at(config, "model.lora")
-    tools = [str(tool.get("name")) for tool in _at(config, "environment.tools") or [] if isinstance(tool, dict)]
+    tools = [str(tool.get("name")) for tool in _listed(config, "environment.tools") if isinstance(tool, dict)]
     threshold = _at(config, "grader.pass_threshold")
     shadows = _at(config, "shadow_graders")
     facts = {
         "model": [_at(config, "model.path"), _at(config, "model.dtype")],
         "trained": [f"LoRA of rank {adapter.get('rank')}" if isinstance(adapter, dict) else "all weights"],
         "started from": [_at(config, "model.init_from")],
-        "data": [f"{split}: {path}" for split, path in (_at(config, "data") or {}).items() if path],
+        "data": [f"{split}: {path}" for split in get_args(Split) if (path := _at(config, f"data.{split}"))],
         "environment": [_at(config, "environment.type"), f"tools {', '.join(tools)}" if tools else None],
         "grader": [
             _at(config, "grader.name"),
@@ -142,6 +143,11 @@ def _at(config: dict[str, Any], place: str) -> Any:
     for key in place.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _listed(config: dict[str, Any], place: str) -> list[Any]:
+    value = _at(config, place)
+    return value if isinstance(value, list) else []
 
 
 def _counted(config: dict[str, Any], place: str, what: str) -> str | None:
