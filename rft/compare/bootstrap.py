@@ -54,10 +54,10 @@ class Quantile:
     def at(self, counts: Counts) -> Floats:
         if not len(self.values):
             return np.full(len(counts), np.nan)
-        below = counts[:, self.items].cumsum(axis=1)  # [resamples, rollouts]
-        total = below[:, -1:]
-        found: Floats = self.values[(below >= self.q * total).argmax(axis=1)]
-        return np.where(total[:, 0] > 0, found, np.nan)
+        below = np.take(counts.astype(np.int32), self.items, axis=1)  # [resamples, rollouts]
+        np.cumsum(below, axis=1, out=below)
+        found = [self.values[np.searchsorted(row, self.q * row[-1])] if row[-1] else np.nan for row in below]
+        return np.array(found, dtype=np.float64)
 
 
 Difference = Callable[[Counts, Counts], Floats]  # of the counts of the first side and of the other
