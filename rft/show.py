@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console, Group, RenderableType
@@ -17,15 +17,15 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
+from rft.curves import curve_lines, grade_curves
 from rft.errors import StorageError, UserError
 from rft.live import Live, live_lines
 from rft.metrics import stop_shares
 from rft.plain import plain
 from rft.salvage import Salvage, config_and_state, metric_rows, number, salvaged
-from rft.sparkline import sparkline, thinned
 from rft.store import RunStore
 from rft.tables import cell, new_table
-from rft.types import Rollout, Split
+from rft.types import Rollout
 
 _NUM_ROWS, _NUM_EVENTS, _NUM_CAUSES = 5, 8, 5
 _REFRESH_S = 1.0
@@ -68,15 +68,16 @@ def summary(store: RunStore) -> dict[str, Any]:
     step = max(store.rollout_steps(), default=None)
     read = salvaged(store, step) if step is not None else Salvage([], [])
     _, state, problems = config_and_state(store)
+    training, evaluations = metric_rows(store, "training"), metric_rows(store, "evaluation")
     return {
         "run_id": store.run_id,
         "path": str(store.path),
         "status": status(store),
         "writer_pid": store.writer(),
         "state": state,
-        "training": metric_rows(store, "training")[-_NUM_ROWS:],
-        "evaluations": _last_of_each(metric_rows(store, "evaluation")),
-        "grades": grade_curves(store),
+        "training": training[-_NUM_ROWS:],
+        "evaluations": list({row["split"]: row for row in evaluations}.values()),  # the last of each
+        "grades": grade_curves(training, evaluations),
         "last_step": step,
         "stops": _stops(read.rollouts),
         "discards": _discards(read.rollouts),
@@ -86,26 +87,10 @@ def summary(store: RunStore) -> dict[str, Any]:
     }
 
 
-def grade_curves(store: RunStore) -> dict[str, list[float]]:
-    """The grades over the steps, `train` and each evaluated split, thinned to what a line can show."""
-    curves: dict[str, list[float | None]] = {}
-    for row in metric_rows(store, "training"):
-        curves.setdefault("train", []).append(number(row, "train/grade"))
-    for row in metric_rows(store, "evaluation"):
-        curves.setdefault(row["split"], []).append(number(row, "grade"))
-    known = {split: [value for value in curves.get(split, []) if value is not None] for split in get_args(Split)}
-    return {split: thinned(values) for split, values in known.items() if values}
-
-
 def status(store: RunStore) -> str:
     """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
     found = str(config_and_state(store)[1].get("status", "unknown"))
     return "killed" if found in _UNFINISHED and store.writer() is None else found
-
-
-def _last_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last evaluation of each split."""
-    return list({row["split"]: row for row in rows}.values())
 
 
 def _stops(rollouts: list[Rollout]) -> dict[str, dict[str, int]]:
@@ -168,13 +153,6 @@ def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     if state.get("error"):
         lines.append("  " + _indented(str(state["error"])))
     return cell("\n".join(lines), style="bold")
-
-
-def curve_lines(curves: dict[str, list[float]]) -> Iterator[str]:
-    """A line per split: its grades as blocks on one scale, the first and the last as numbers."""
-    low, high = (end([value for values in curves.values() for value in values], default=0.0) for end in (min, max))
-    for split, values in curves.items():
-        yield f"grade, {split + ':':<11} {sparkline(values, low, high)}  {values[0]:.3f} → {values[-1]:.3f}"
 
 
 def _training_table(rows: list[dict[str, Any]], is_boxed: bool) -> Table:
@@ -299,21 +277,6 @@ class _Curves:
         path = self._store.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if size != self._size:
-            self._size, self._lines = size, list(curve_lines(grade_curves(self._store)))
+            rows = (metric_rows(self._store, kind) for kind in ("training", "evaluation"))
+            self._size, self._lines = size, list(curve_lines(grade_curves(*rows)))
         return self._lines
-
-
-# --- one rollout ---
-
-
-def as_text(lines: Iterable[str]) -> Text:
-    """A transcript for a terminal: its headings stand out from what was written by others."""
-    text = Text()
-    for line in lines:
-        text.append(line + "\n", style="" if line.lstrip().startswith("|") else _heading_style(line.strip()))
-    return text
-
-
-def _heading_style(line: str) -> str:
-    is_bad = line.startswith("error") or ", malformed" in line or ", cut off" in line
-    return "bold red" if is_bad else "bold cyan"

@@ -27,6 +27,6 @@ def new_table(*headings: str, left: Collection[str] = (), is_boxed: bool = True)
     return table
 
 
-def cell(value: object, style: str = "") -> Text:
+def cell(value: object, style: str = "", max_chars: int | None = None) -> Text:
     """The value as text without control characters and without markup."""
-    return Text(plain(str(value), keep="\n"), style=style)
+    return Text(plain(str(value), keep="\n", max_chars=max_chars), style=style)

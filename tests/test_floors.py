@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout rft.threads",
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.breakdown rft.files rft.live rft.supervise rft.tracking "
-    "rft.redaction rft.figures rft.html rft.tables rft.sparkline",
+    "rft.redaction rft.figures rft.html rft.tables",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse",
-    5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch rft.show rft.transcript",
+    5: "rft.rollout rft.episode rft.slots rft.shaping rft.trainers rft.watch rft.show rft.transcript rft.curves",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
     "rft.doctor rft.baseline",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "

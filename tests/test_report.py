@@ -14,6 +14,7 @@ from rich.console import Console
 from run_folders import a_run
 from test_cli import rft
 
+from rft.doctor.finding import Diagnosis, Finding
 from rft.redaction import REDACTED, redacted, shareable
 from rft.report import final_table, mean_ci95, write_report
 from rft.report.figure import binned, panels
@@ -250,3 +251,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert dangers((store.path / "report.html").read_text()) == []
     assert rft("report", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_the_doctors_findings_are_told(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the doctor finds in a run is tested with the doctor: here is what the page makes of it."""
+    finding = Finding(
+        check="dead_tool", title=HOSTILE, severity="high", weight=1.0, evidence="search failed 9 of 9 times",
+        rollout_ids=["trace_1"], cure="start the server",
+    )  # fmt: skip
+    found = Diagnosis(run_id="run", findings=[finding], num_steps=3, checks=["dead_tool"])
+    monkeypatch.setattr("rft.doctor.diagnose", lambda store: found, raising=False)
+    html = page(store)
+    text = " ".join(text_of(html).split())
+    assert dangers(html) == []
+    assert "high" in text and "search failed 9 of 9 times Cure: start the server for example trace_1" in text
+    found.findings.clear()
+    assert "Nothing wrong was found in 3 steps, by 1 checks." in text_of(page(store))

@@ -18,13 +18,13 @@ from rich.console import Console
 from test_cli import rft
 from tiny import tiny_tokenizer
 
+from rft.curves import curve_lines, sparkline, thinned
 from rft.errors import StorageError, UserError
 from rft.live import Live
 from rft.plain import plain
-from rft.show import as_text, curve_lines, find_rollout, live_view, open_run, overview, summary
-from rft.sparkline import sparkline, thinned
+from rft.show import find_rollout, live_view, open_run, overview, summary
 from rft.store import RunStore
-from rft.transcript import prompt_of, transcript
+from rft.transcript import as_text, prompt_of, transcript
 from rft.types import Grade, Message, Rollout, StopReason, ToolCall, ToolResult, Turn
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\x9b31mred \u202eright to left\u2066 \ud800 \x00end\nturn 9: forged"

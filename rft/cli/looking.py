@@ -27,7 +27,7 @@ def show(
     from rft import show as view
     from rft.salvage import config_and_state
     from rft.tables import new_console
-    from rft.transcript import prompt_of, transcript
+    from rft.transcript import as_text, prompt_of, transcript
 
     store = view.open_run(run)
     console = new_console()
@@ -43,7 +43,7 @@ def show(
         if as_json:
             typer.echo(json.dumps({**found.model_dump(), "prompt": prompt}))
         elif console.is_terminal:
-            console.print(view.as_text(transcript(found, prompt)), end="")
+            console.print(as_text(transcript(found, prompt)), end="")
         else:
             typer.echo("\n".join(transcript(found, prompt)))
     elif as_json:

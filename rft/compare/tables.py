@@ -12,6 +12,7 @@ from rft.compare.result import Change, Comparison, MeasureLine, Pairing, Value
 from rft.tables import cell, new_table
 
 _NUM_ITEMS = 5  # of the wins and of the losses
+_MAX_LABEL = 60  # characters
 _STYLES = {"better": "green", "worse": "red", "": ""}
 
 
@@ -79,7 +80,7 @@ def _measures(comparison: Comparison, is_boxed: bool) -> Table:
         if section not in (None, line.section):
             table.add_section()
         section = line.section
-        cells: list[Text] = [cell(line.label), cell(number(line.sides[0].mean))]
+        cells: list[Text] = [cell(line.label, max_chars=_MAX_LABEL), cell(number(line.sides[0].mean))]
         for value, change in zip(line.sides[1:], line.changes, strict=True):
             said = verdict(line, change)
             style = _STYLES[said]
@@ -109,7 +110,7 @@ def _items(comparison: Comparison, pairing: Pairing, is_boxed: bool) -> Iterator
         changed[line.outcome] += 1
         style = "green" if line.outcome == "win" else "red"
         table.add_row(
-            cell(line.item_id),
+            cell(line.item_id, max_chars=_MAX_LABEL),
             cell(f"{number(line.first.grade)} → {number(line.other.grade)}", style=style),
             cell(f"{line.first.tool_calls:.1f} → {line.other.tool_calls:.1f}"),
             cell(f"{line.first.rollout_ids[0]} {line.other.rollout_ids[0]}"),
