@@ -11,7 +11,7 @@ from rft import __version__
 from rft.doctor.finding import Diagnosis
 from rft.files import replace
 from rft.html import figure, render
-from rft.redaction import shareable
+from rft.redaction import without_any_secret
 from rft.report.examples import examples
 from rft.report.figure import Row, label_of, panels
 from rft.report.numbers import PHASES, cell_of, evaluation_rows, report_of, stop_cells
@@ -54,7 +54,10 @@ def page(store: RunStore) -> str:
         max_calls=_MAX_CALLS,
         costs=_costs(report, training, evaluations),
         events=[event for event in store.events() if event.get("level") in ("warn", "error")][-_NUM_EVENTS:],
-        config=[(name, json.dumps(value, indent=2, ensure_ascii=False)) for name, value in shareable(config).items()],
+        config=[
+            (name, json.dumps(value, indent=2, ensure_ascii=False))
+            for name, value in without_any_secret(config).items()
+        ],
         label_of=label_of,
         cell_of=cell_of,
         stop_cells=stop_cells,
