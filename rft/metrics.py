@@ -168,7 +168,8 @@ def best_steps(rows: Iterable[dict[str, Any]], count: int, among: Collection[int
 
 def stop_shares(row: dict[str, Any]) -> dict[str, float]:
     """The share of each stop reason that a row knows, the most first."""
-    found = {name.rpartition("stop/")[2]: share for name, share in row.items() if name.split("/")[-2:-1] == ["stop"]}
+    named = {name.rpartition("stop/")[2]: share for name, share in row.items() if name.split("/")[-2:-1] == ["stop"]}
+    found = {reason: share for reason, share in named.items() if isinstance(share, int | float)}
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
 

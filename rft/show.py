@@ -17,11 +17,14 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
+from rft.curves import curve_lines, grade_curves
 from rft.errors import StorageError, UserError
 from rft.live import Live, live_lines
 from rft.metrics import stop_shares
 from rft.plain import plain
+from rft.salvage import Salvage, config_and_state, metric_rows, number, salvaged
 from rft.store import RunStore
+from rft.tables import cell, new_table
 from rft.types import Rollout
 
 _NUM_ROWS, _NUM_EVENTS, _NUM_CAUSES = 5, 8, 5
@@ -29,6 +32,7 @@ _REFRESH_S = 1.0
 _STALE_S = 10.0  # a run that samples writes every second
 _MAX_CAUSE = 200  # characters
 _UNFINISHED = ("starting", "running")
+_LEFT = ("split", "ended by")  # columns of words
 
 
 def open_run(path: Path) -> RunStore:
@@ -40,10 +44,17 @@ def open_run(path: Path) -> RunStore:
 
 
 def find_rollout(store: RunStore, rollout_id: str) -> Rollout:
-    """Raises UserError with an id that exists when this one does not."""
-    found = store.find(rollout_id)
+    """Raises UserError with an id that exists when this one does not, StorageError when it cannot be read."""
+    try:
+        found = store.find(rollout_id)
+    except StorageError:  # of another version of rft: as much of it as this one knows
+        read = (rollout for step in store.rollout_steps() for rollout in salvaged(store, step).rollouts)
+        found = next((rollout for rollout in read if rollout.id == rollout_id), None)
+        if found is None:
+            raise
     if found is None:
-        example = next((rollout.id for rollout in store.rollouts()), None)
+        steps = store.rollout_steps()[:1]
+        example = next((rollout.id for step in steps for rollout in salvaged(store, step).rollouts), None)
         cure = f"an id looks like {example}" if example else "the run has no rollouts yet"
         raise UserError("there is no such rollout in this run", where=plain(rollout_id, max_chars=80), cure=cure)
     return found
@@ -55,40 +66,31 @@ def find_rollout(store: RunStore, rollout_id: str) -> Rollout:
 def summary(store: RunStore) -> dict[str, Any]:
     """One object: state, last rows, how the rollouts of the last step ended, events, and what goes on now."""
     step = max(store.rollout_steps(), default=None)
-    rollouts = list(store.rollouts(step)) if step is not None else []
-    training, evaluations = _last_rows(store.metrics())
+    read = salvaged(store, step) if step is not None else Salvage([], [])
+    _, state, problems = config_and_state(store)
+    training, evaluations = metric_rows(store, "training"), metric_rows(store, "evaluation")
     return {
         "run_id": store.run_id,
         "path": str(store.path),
         "status": status(store),
         "writer_pid": store.writer(),
-        "state": store.read_state(),
-        "training": training,
-        "evaluations": evaluations,
+        "state": state,
+        "training": training[-_NUM_ROWS:],
+        "evaluations": list({row["split"]: row for row in evaluations}.values()),  # the last of each
+        "grades": grade_curves(training, evaluations),
         "last_step": step,
-        "stops": _stops(rollouts),
-        "discards": _discards(rollouts),
+        "stops": _stops(read.rollouts),
+        "discards": _discards(read.rollouts),
         "events": list(store.events())[-_NUM_EVENTS:],
         "live": store.read_live(),
+        "problems": [*problems, *read.problems],
     }
 
 
 def status(store: RunStore) -> str:
     """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
-    found = str(store.read_state().get("status", "unknown"))
+    found = str(config_and_state(store)[1].get("status", "unknown"))
     return "killed" if found in _UNFINISHED and store.writer() is None else found
-
-
-def _last_rows(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The last training rows, and the last evaluation of each split."""
-    training: dict[int, dict[str, Any]] = {}
-    evaluations: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.get("kind") == "training":
-            training[row["step"]] = row
-        elif row.get("kind") == "evaluation":
-            evaluations[row["split"]] = row
-    return [training[step] for step in sorted(training)[-_NUM_ROWS:]], list(evaluations.values())
 
 
 def _stops(rollouts: list[Rollout]) -> dict[str, dict[str, int]]:
@@ -116,30 +118,32 @@ def _discards(rollouts: list[Rollout]) -> list[dict[str, Any]]:
 # --- as a person reads it ---
 
 
-def overview(store: RunStore) -> RenderableType:
-    """The summary as tables."""
+def overview(store: RunStore, *, is_boxed: bool = True) -> RenderableType:
+    """The summary as tables; is_boxed: with lines around the cells."""
     known = summary(store)
     parts: list[RenderableType] = [_headline(store, known)]
+    parts += [cell(f"not all could be read: {problem}", style="yellow") for problem in known["problems"]]
+    parts += [cell(line) for line in curve_lines(known["grades"])]
     if known["training"]:
-        parts.append(_training_table(known["training"]))
+        parts.append(_training_table(known["training"], is_boxed))
     if known["evaluations"]:
-        parts.append(_evaluation_table(known["evaluations"]))
+        parts.append(_evaluation_table(known["evaluations"], is_boxed))
     for split, counts in known["stops"].items():
         ends = ", ".join(f"{reason} {num}" for reason, num in counts.items())
-        parts.append(_text(f"step {known['last_step']}, {split} rollouts ended by: {ends}"))
+        parts.append(cell(f"step {known['last_step']}, {split} rollouts ended by: {ends}"))
     for cause in known["discards"]:
         parts.append(
-            _text(f"  {cause['num']} discarded, {cause['stop_reason']}: {cause['cause']} (e.g. {cause['rollout_id']})")
+            cell(f"  {cause['num']} discarded, {cause['stop_reason']}: {cause['cause']} (e.g. {cause['rollout_id']})")
         )
     if known["events"]:
-        parts.append(_text("last events:"))
-    parts += [_text(_event_line(event)) for event in known["events"]]
+        parts.append(cell("last events:"))
+    parts += [cell(_event_line(event)) for event in known["events"]]
     return Group(*parts)
 
 
 def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     state = known["state"]
-    progress = f", step {state['step']} of {state['steps']} done" if "step" in state else ""
+    progress = f", step {state['step']} of {state['steps']} done" if {"step", "steps"} <= state.keys() else ""
     writer = f" by process {known['writer_pid']}" if known["writer_pid"] is not None else ""
     lines = [f"{known['run_id']}: {known['status']}{writer}{progress}"]
     if known["status"] == "killed":
@@ -148,43 +152,42 @@ def _headline(store: RunStore, known: dict[str, Any]) -> Text:
         lines.append("continue with `rft train CONFIG --resume`")
     if state.get("error"):
         lines.append("  " + _indented(str(state["error"])))
-    return _text("\n".join(lines), style="bold")
+    return cell("\n".join(lines), style="bold")
 
 
-def _training_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("step", "grade", "valid calls", "useful groups", "log-prob gap", "seconds", "ended by")
+def _training_table(rows: list[dict[str, Any]], is_boxed: bool) -> Table:
+    headings = "step,grade,valid calls,tool calls,tokens,useful groups,log-prob gap,seconds,ended by"
+    table = new_table(*headings.split(","), left=_LEFT, is_boxed=is_boxed)
     for row in rows:
-        total = row.get("groups/total", 0)
+        total, without = (number(row, name) or 0 for name in ("groups/total", "groups/no_signal"))
         table.add_row(
-            _text(row["step"]),
-            _text(_with_interval(row, "train/grade")),
-            _text(_number(row.get("train/valid_call_share"))),
-            _text(f"{total - row.get('groups/no_signal', 0)}/{total}"),
-            _text(_number(row.get("logprob_gap/mean"), digits=5)),
-            _text(_number(row.get("time/step_s"), digits=1)),
-            _text(_ends(row)),
+            cell(row["step"]),
+            cell(_with_interval(row, "train/grade")),
+            cell(_number(row, "train/valid_call_share")),
+            cell(_number(row, "train/tool_calls", digits=2)),
+            cell(_number(row, "train/sampled_tokens", digits=0)),
+            cell(f"{total - without:.0f}/{total:.0f}"),
+            cell(_number(row, "logprob_gap/mean", digits=5)),
+            cell(_number(row, "time/step_s", digits=1)),
+            cell(_ends(row)),
         )
     return table
 
 
-def _evaluation_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("split", "step", "grade", "valid calls", "items", "ended by")
+def _evaluation_table(rows: list[dict[str, Any]], is_boxed: bool) -> Table:
+    headings = "split,step,grade,valid calls,tool calls,tokens,items,ended by"
+    table = new_table(*headings.split(","), left=_LEFT, is_boxed=is_boxed)
     for row in rows:
         table.add_row(
-            _text(row["split"]),
-            _text(row["step"]),
-            _text(_with_interval(row, "grade")),
-            _text(_number(row.get("valid_call_share"))),
-            _text(row.get("num_items", "-")),
-            _text(_ends(row)),
+            cell(row["split"]),
+            cell(row["step"]),
+            cell(_with_interval(row, "grade")),
+            cell(_number(row, "valid_call_share")),
+            cell(_number(row, "tool_calls", digits=2)),
+            cell(_number(row, "sampled_tokens", digits=0)),
+            cell(row.get("num_items", "-")),
+            cell(_ends(row)),
         )
-    return table
-
-
-def _table(*headings: str) -> Table:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("split", "ended by") else "right")
     return table
 
 
@@ -193,17 +196,21 @@ def _ends(row: dict[str, Any]) -> str:
 
 
 def _with_interval(row: dict[str, Any], name: str) -> str:
-    half_width = row.get(f"{name}_ci95")
-    return _number(row.get(name)) + (f" ± {half_width:.3f}" if half_width is not None else "")
+    half_width = number(row, f"{name}_ci95")
+    return _number(row, name) + (f" ± {half_width:.3f}" if half_width is not None else "")
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def _number(row: dict[str, Any], name: str, digits: int = 3) -> str:
+    value = number(row, name)
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _event_line(event: dict[str, Any]) -> str:
-    when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-    return f"  {when} {event.get('level', ''):<5} " + _indented(str(event.get("message", "")))
+    try:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(number(event, "time")))
+    except (OverflowError, ValueError, OSError):  # no time that this machine knows
+        when = "-"
+    return f"  {when} {event.get('level', '')!s:<5} " + _indented(str(event.get("message", "")))
 
 
 def _indented(text: str) -> str:
@@ -211,18 +218,14 @@ def _indented(text: str) -> str:
     return text.replace("\n", "\n      ")
 
 
-def _text(value: object, style: str = "") -> Text:
-    return Text(plain(str(value), keep="\n"), style=style)
-
-
 # --- while it runs ---
 
 
-def live_view(store: RunStore) -> Text:
-    """What the run does now; says when that is old or when nobody writes it any more."""
+def live_view(store: RunStore, curves: Iterable[str] = ()) -> Text:
+    """What the run does now; says when that is old or when nobody writes it any more. curves: lines that go first."""
     found, now = status(store), time.time()
     step = store.read_state().get("step")
-    lines = [f"{store.run_id}: {found}" + (f", step {step} done" if step is not None else "")]
+    lines = [f"{store.run_id}: {found}" + (f", step {step} done" if step is not None else ""), *curves]
     live = _read(store)
     if found == "paused":
         lines.append("its process has ended: `rft train CONFIG --resume` continues it")
@@ -239,7 +242,7 @@ def live_view(store: RunStore) -> Text:
             lines.append(f"this is {age_s:,.0f} s old: the process stands still; `kill -USR1 {live.pid}` asks it why")
         elif found in _UNFINISHED and not live.is_active:
             lines.append(f"for {age_s:,.0f} s it has not sampled: it trains, or saves")
-    return _text("\n".join(lines))
+    return cell("\n".join(lines))
 
 
 def _read(store: RunStore) -> Live | None:
@@ -252,10 +255,28 @@ def _read(store: RunStore) -> Live | None:
 
 def follow(store: RunStore, console: Console) -> None:
     """Refresh every second until the run ends or the reader interrupts; once, where the output is no terminal."""
+    curves = _Curves(store)
     if not console.is_terminal:
-        console.print(live_view(store))
+        console.print(live_view(store, curves.lines()))
         return
-    with Screen(live_view(store), console=console, auto_refresh=False) as screen:
+    with Screen(live_view(store, curves.lines()), console=console, auto_refresh=False) as screen:
         while status(store) in _UNFINISHED:
             time.sleep(_REFRESH_S)  # how often a person wants to see it; nothing is waited for
-            screen.update(live_view(store), refresh=True)
+            screen.update(live_view(store, curves.lines()), refresh=True)
+
+
+class _Curves:
+    """The lines of the grades; the metrics of a long run are read again only when there are more of them."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._size = -1
+        self._lines: list[str] = []
+
+    def lines(self) -> list[str]:
+        path = self._store.path / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size != self._size:
+            rows = (metric_rows(self._store, kind) for kind in ("training", "evaluation"))
+            self._size, self._lines = size, list(curve_lines(grade_curves(*rows)))
+        return self._lines

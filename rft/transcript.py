@@ -6,9 +6,11 @@ What a model or a tool wrote is indented behind a bar and has no control charact
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rich.text import Text
 
 from rft.plain import plain
 from rft.types import Grade, Rollout, ToolCall, ToolResult, Turn
@@ -100,7 +102,8 @@ def prompt_of(rollout: Rollout, config: dict[str, Any]) -> str:
     if rollout.turns[0].usage is not None:
         return "(the model was asked with messages over a chat API: the item has them)"
     ids = rollout.turns[0].input_ids
-    path = Path(config.get("model", {}).get("path", "")) / "tokenizer.json"
+    model = config.get("model")
+    path = Path(str(model.get("path", "")) if isinstance(model, dict) else "") / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
 
@@ -108,3 +111,16 @@ def prompt_of(rollout: Rollout, config: dict[str, Any]) -> str:
         return text
     except Exception as error:  # tokenizers raises bare Exceptions; the rest of the rollout is worth showing anyway
         return f"({len(ids)} tokens; {path} cannot be read: {error})"
+
+
+def as_text(lines: Iterable[str]) -> Text:
+    """A transcript for a terminal: its headings stand out from what was written by others."""
+    text = Text()
+    for line in lines:
+        text.append(line + "\n", style="" if line.lstrip().startswith("|") else _heading_style(line.strip()))
+    return text
+
+
+def _heading_style(line: str) -> str:
+    is_bad = line.startswith("error") or ", malformed" in line or ", cut off" in line
+    return "bold red" if is_bad else "bold cyan"

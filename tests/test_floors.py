@@ -15,15 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout rft.threads",
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.breakdown rft.files rft.live rft.supervise rft.tracking "
-    "rft.percentiles rft.redaction rft.listener",
+    "rft.percentiles rft.redaction rft.listener rft.figures rft.html rft.tables",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
-    4: "rft.engines rft.store rft.sift rft.checkpoints rft.budget rft.reuse",
-    5: "rft.rollout rft.speaker rft.episode rft.slots rft.shaping rft.trainers rft.watch",
+    4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse",
+    5: "rft.rollout rft.speaker rft.episode rft.slots rft.shaping rft.trainers rft.watch rft.show rft.transcript "
+    "rft.curves",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
     "rft.doctor rft.baseline",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
-    "rft.preflight rft.regrade rft.show rft.transcript",
+    "rft.preflight rft.regrade",
     8: "rft.lifecycle rft.job rft.evaluation rft.ui",
     9: "rft.server",
     10: "rft.cli",
@@ -31,17 +32,8 @@ FLOORS = {
 }
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = {  # listed as a whole
-    *(
-        "rft.config",
-        "rft.envs",
-        "rft.graders",
-        "rft.engines",
-        "rft.sandbox",
-        "rft.trainers",
-        "rft.doctor",
-        "rft.baseline",
-    ),
-    *("rft.compare", "rft.ui", "rft.server", "rft.cli"),
+    *("rft.config", "rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers"),
+    *("rft.doctor", "rft.baseline", "rft.compare", "rft.report", "rft.ui", "rft.server", "rft.cli"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

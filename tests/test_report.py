@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inert import HOSTILE, dangers, text_of
 from rich.console import Console
+from run_folders import a_run
+from test_cli import rft
 
+from rft.doctor.finding import Diagnosis, Finding
+from rft.redaction import REDACTED, redacted, without_any_secret
 from rft.report import final_table, mean_ci95, write_report
+from rft.report.figure import binned, panels
+from rft.report.page import page, write_page
 from rft.store import RunStore
 from rft.types import Grade, Message, Rollout, Split, StopReason, ToolCall, ToolResult, Turn, rollout_id
 
@@ -138,3 +145,126 @@ def test_missing_rollouts_leave_only_the_change_out(store: RunStore) -> None:
     grade = write_report(store)["splits"]["test"]["measures"]["grade"]
     assert "change" not in grade
     assert math.isclose(grade["after"], 0.5)
+
+
+# --- the file for a colleague ---
+
+
+def test_page_tells_the_run(tmp_path: Path) -> None:
+    store = a_run(tmp_path, score=lambda step, attempt: 0.1 * step + 0.1 * attempt)
+    html = write_page(store, tmp_path / "report.html").read_text()
+    text = " ".join(text_of(html).split())
+    assert dangers(html) == [] and len(html) < 3_000_000
+    assert "After 4 steps the grade on the validation split went from 0.525 ± 0.000 to 0.725 ± 0.000" in text
+    assert "a change of +0.200 ± 0.000 taken item by item (3 items" in text
+    assert "validation: 3 items, steps 0 and 4" in text
+    assert "judge (part)" in text and "ended by answered" in text
+    assert "the best of validation at step 4: grade 0.75, 2 turns, 1 tool calls" in text
+    assert "the worst of validation at step 4: grade 0.7" in text
+    assert 'search {"q": 1}' in text and "found" in text and "part judge 0.5" in text
+    assert html.count("<svg") == 7
+    for title in ("grade, with 95% intervals", "shadow and part grades", "tool calls per rollout, by tool"):
+        assert title in text
+    assert "tokens of judges 420 read, 168 written" in text
+
+
+def test_page_of_a_run_with_nothing_yet(store: RunStore) -> None:
+    text = text_of(page(store))
+    assert "no split was evaluated" in text and "Status: unknown" in text
+
+
+def test_page_holds_no_secrets(tmp_path: Path) -> None:
+    url = "https://user:hunter2@tools.test/call?key=hunter2"
+    config = {
+        "environment": {"tools": [{"name": "t", "server_url": url, "headers": {"authorization": "hunter2"}}]},
+        "servers": [{"command": "c", "env": {"API_KEY": "hunter2"}}],
+    }
+    store = RunStore.create(tmp_path, "run", config)
+    html = page(store)
+    assert "hunter2" not in html
+    assert "https://tools.test/call" in html and "API_KEY" in html
+
+
+def test_redacted_values_keep_their_names() -> None:
+    value = {"a": [{"headers": {"x": "1"}, "env": {"y": "2"}}], "headers": "a text", "url": "http://u:p@h/?q=1"}
+    assert redacted(value) == value | {"a": [{"headers": {"x": REDACTED}, "env": {"y": "2"}}]}
+    shown = without_any_secret(value)
+    assert shown["a"] == [{"headers": {"x": REDACTED}, "env": {"y": REDACTED}}]
+    assert shown | {"a": []} == {"a": [], "headers": "a text", "url": "http://h/"}
+
+
+def test_hostile_text_in_a_report_is_inert(tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path, "run", {"model": {"path": HOSTILE}, HOSTILE[:99]: HOSTILE})
+    long = HOSTILE + "x" * 5_000_000
+    call = ToolCall(id="fc", call_id="call", name=HOSTILE, arguments=long, error=HOSTILE)
+    result = ToolResult(call_id="call", output=long, is_error=True)
+    message = Message(
+        role="assistant",
+        content=long,
+        reasoning=long,
+        tool_calls=[call, *[call.model_copy(update={"arguments": HOSTILE})] * 99],
+    )
+    turn = rollout("test", 1, 0, 0.5).turns[0].model_copy(update={"message": message, "results": [result]})
+    grade = Grade(score=0.5, errors={HOSTILE: long}, parts={HOSTILE: Grade(score=1.0)}, shadow={HOSTILE: 0.25})
+    bad = {"turns": [turn], "grade": grade, "item_id": HOSTILE}
+    store.append_rollout(rollout("test", 1, 0, 0.5).model_copy(update=bad))
+    store.append_rollout(rollout("test", 1, 1, None).model_copy(update={"error": long}))
+    store.append_metrics(evaluation("test", 1, [0.5], **{f"shadow/{HOSTILE}": 0.25, f"stop/{HOSTILE}": 1.0}))
+    training = {f"train/{kind}/{HOSTILE}": 0.5 for kind in ("tool_num", "stop", "shadow", "part")}
+    store.append_metrics({"step": 1, "kind": "training", "train/grade": 0.5, "groups/total": 1, **training})
+    store.append_event("warn", long)
+    store.write_state({"status": HOSTILE, "error": long})
+    html = write_page(store, tmp_path / "report.html").read_text()
+    assert dangers(html) == []
+    assert len(html) < 3_000_000
+    assert "alert(1)" in text_of(html), "shown, not run"
+    assert all(letter.isprintable() or letter == "\n" for letter in shown(write_report(store)))
+
+
+def test_a_report_of_a_torn_or_newer_folder_goes_as_far_as_it_can(store: RunStore) -> None:
+    fill(store)
+    path = store.rollout_path(6)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"mood": 1}), *lines[1:-1], lines[-1][:50]]))
+    with (store.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "evaluation"}\n{"kind": "training", "step": 7, "train/grade": "high"}\n{"kind": "evalua')
+    text = " ".join(text_of(page(store)).split())
+    assert "unknown field mood, left out" in text and "cut off" in text
+    assert "a change of +0.300" in text
+    (store.path / "config.json").write_text("{")
+    assert "config.json cannot be read" in text_of(page(store))
+
+
+def test_long_runs_make_small_figures() -> None:
+    rows = [
+        {"step": step, "kind": "training", "train/grade": step / 1e4, "train/grade_ci95": 0.1} for step in range(10_000)
+    ]
+    thin = binned(rows)
+    assert len(thin) <= 240 and thin[-1]["step"] == 9999
+    assert thin[0]["train/grade"] == pytest.approx(sum(range(42)) / 42 / 1e4)
+    assert sum(len(svg) for svg in panels(rows, {})) < 200_000
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    store = a_run(tmp_path)
+    result = rft("report", str(store.path))
+    assert result.returncode == 0, result.stderr
+    assert dangers((store.path / "report.html").read_text()) == []
+    assert rft("report", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_the_doctors_findings_are_told(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the doctor finds in a run is tested with the doctor: here is what the page makes of it."""
+    finding = Finding(
+        check="dead_tool", title=HOSTILE, severity="high", weight=1.0, evidence="search failed 9 of 9 times",
+        rollout_ids=["trace_1"], cure="start the server",
+    )  # fmt: skip
+    found = Diagnosis(run_id="run", findings=[finding], num_steps=3, checks=["dead_tool"])
+    monkeypatch.setattr("rft.doctor.diagnose", lambda store: found, raising=False)
+    html = page(store)
+    text = " ".join(text_of(html).split())
+    assert dangers(html) == []
+    assert "high" in text and "search failed 9 of 9 times Cure: start the server for example trace_1" in text
+    found.findings.clear()
+    assert "Nothing wrong was found in 3 steps, by 1 checks." in text_of(page(store))

@@ -18,12 +18,13 @@ from rich.console import Console
 from test_cli import rft
 from tiny import tiny_tokenizer
 
+from rft.curves import curve_lines, sparkline, thinned
 from rft.errors import StorageError, UserError
 from rft.live import Live
 from rft.plain import plain
 from rft.show import find_rollout, live_view, open_run, overview, summary
 from rft.store import RunStore
-from rft.transcript import prompt_of, transcript
+from rft.transcript import as_text, prompt_of, transcript
 from rft.types import Grade, Message, Rollout, StopReason, ToolCall, ToolResult, Turn
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\r\x9b31mred \u202eright to left\u2066 \ud800 \x00end\nturn 9: forged"
@@ -70,6 +71,7 @@ def store(tmp_path: Path) -> RunStore:
     for step in range(1, 6):
         row = {"step": step, "kind": "training", "train/grade": 0.1 * step, "train/grade_ci95": 0.05}
         row |= {"train/stop/answered": 0.75, "train/stop/max_tokens": 0.25, "groups/total": 6, "groups/no_signal": 2}
+        row |= {"train/tool_calls": 1.25, "train/sampled_tokens": 50.6}
         store.append_metrics(row | {"time/step_s": 40.0, "logprob_gap/mean": 0.00001})
     store.append_metrics(
         {"step": 4, "kind": "evaluation", "split": "test", "grade": 0.3, "num_items": 96, "stop/answered": 1.0}
@@ -98,13 +100,62 @@ def test_overview_says_how_the_run_is(store: RunStore) -> None:
     text = shown(overview(store))
     assert f"run-001: running by process {os.getpid()}, step 5 of 12 done" in text
     rows = [" ".join(re.sub("[│┃]", " ", line).split()) for line in text.splitlines()]
-    assert "5 0.500 ± 0.050 - 4/6 0.00001 40.0 answered 0.75, max_tokens 0.25" in rows
-    assert "test 4 0.300 - 96 answered 1.00" in rows
+    assert "5 0.500 ± 0.050 - 1.25 51 4/6 0.00001 40.0 answered 0.75, max_tokens 0.25" in rows
+    assert "test 4 0.300 - - - 96 answered 1.00" in rows
     assert "step 5, train rollouts ended by: answered 6, tool_failed 2, max_turns 1" in rows
     assert re.search(r"2 discarded, tool_failed: search: \\x1b.* \(e\.g\. trace_0+7\)", text)
     assert "127.0.0.1:1/ is down" in text
     assert "      turn 9: forged" in text and "\nturn 9" not in text
     assert is_harmless(text)
+
+
+def test_piped_tables_have_no_boxes(store: RunStore) -> None:
+    text = shown(overview(store, is_boxed=False))
+    assert not re.search("[│┃━─┏└]", text)
+    assert re.search(r"^ *5  0\.500 ± 0\.050 +- +1\.25 +51 +4/6", text, re.MULTILINE)
+
+
+def test_grades_are_drawn_as_lines(store: RunStore) -> None:
+    store.append_metrics({"step": 5, "kind": "evaluation", "split": "validation", "grade": 0.6, "num_items": 9})
+    text = shown(overview(store))
+    assert "grade, train:      ▁▂▄▅▇  0.100 → 0.500" in text
+    assert "grade, validation: █  0.600 → 0.600" in text
+    assert list(curve_lines({})) == []
+
+
+def test_a_sparkline_spans_its_range() -> None:
+    assert sparkline([0.0, 0.5, 1.0], 0.0, 1.0) == "▁▅█"
+    assert sparkline([2.0, 2.0], 2.0, 2.0) == "▄▄"
+    many = thinned([float(number) for number in range(1000)])
+    assert len(many) <= 48 and (many[0], many[-1]) == (0.0, 999.0) and many == sorted(many)
+
+
+def test_a_folder_of_another_version_or_cut_off_is_shown_as_far_as_it_goes(store: RunStore) -> None:
+    path = store.rollout_path(5)
+    newer, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    newer["mood"] = HOSTILE
+    del others[0]["attempt"]
+    lines = [json.dumps(row) for row in (newer, *others)]
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:99])
+    with (store.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "training"}\n{"kind": "evaluation", "split": 3, "step": 1}\n{"kind": "train')
+    text = shown(overview(store))
+    assert "not all could be read: 1 x in step_000005.jsonl: unknown field mood, left out" in text
+    assert "attempt is missing or wrong" in text and "cut off" in text
+    assert "step 5, train rollouts ended by: answered 5, max_turns 1, tool_failed 1" in text
+    assert find_rollout(store, newer["id"]).item_id == "rows-1"
+    with pytest.raises(StorageError, match="not what this version"):
+        find_rollout(store, others[0]["id"])
+    (store.path / "state.json").write_text("{")
+    assert "state.json cannot be read" in shown(overview(store))
+
+
+def test_a_transcript_on_a_terminal_says_the_same_in_colour(store: RunStore) -> None:
+    lines = list(transcript(a_rollout(0), "prompt"))
+    text = as_text(lines)
+    assert text.plain == "\n".join(lines) + "\n"
+    quoted = text.plain.index("    | prompt")
+    assert all(not span.start <= quoted < span.end for span in text.spans), "only headings are coloured"
 
 
 def test_summary_is_one_object(store: RunStore) -> None:
@@ -231,6 +282,8 @@ def test_the_command(store: RunStore) -> None:
     one = rft("show", run, "--rollout", "trace_" + "0" * 32)
     assert "Heart attack" in one.stdout and is_harmless(one.stdout)
     assert json.loads(rft("show", run, "--rollout", "trace_" + "0" * 32, "--json").stdout)["stop_reason"] == "answered"
+    assert rft("show", run, "trace_" + "0" * 32).stdout == one.stdout
+    assert rft("show", run, "x", "--rollout", "y").returncode == 2
     missing = rft("show", run, "--rollout", "x")
     assert missing.returncode == 2 and "cure: an id looks like" in missing.stderr
     assert rft("show", run, "--rollout", "x", "--live").returncode == 2
