@@ -74,9 +74,8 @@ def summary(store: RunStore) -> dict[str, Any]:
 
 
 def status(store: RunStore) -> str:
-    """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
-    found = str(store.read_state().get("status", "unknown"))
-    return "killed" if found in _UNFINISHED and store.writer() is None else found
+    """As `RunStore.status` says."""
+    return store.status
 
 
 def _last_rows(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

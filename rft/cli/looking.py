@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing: show."""
+"""Commands that look at runs and change nothing: show, doctor."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def show(
             view.follow(store, console)
     else:
         console.print(view.overview(store))
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart-001")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Say why a run does not learn, fell or is slow: the causes, the worst first, each with evidence and a cure."""
+    from rft.doctor import diagnose
+    from rft.doctor.text import told
+    from rft.show import open_run
+
+    diagnosis = diagnose(open_run(run))
+    if as_json:
+        typer.echo(diagnosis.model_dump_json())
+    else:
+        Console(highlight=False, soft_wrap=True).print(told(diagnosis, run))
