@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from rft.errors import StorageError
 from rft.files import parsed
+from rft.plain import plain
 from rft.store import RunStore
 from rft.types import Rollout
 
@@ -68,13 +69,23 @@ class Case:
         return [rollout for rollout in self.rollouts if rollout.split == "train"] or self.rollouts
 
     @property
+    def latest(self) -> list[Rollout]:
+        """Those of the steps of `recent`, and of a step that has no row yet."""
+        first = self.recent[0]["step"] if self.recent else 0
+        return [rollout for rollout in self.train if rollout.step >= first]
+
+    @property
     def graded(self) -> list[Rollout]:
         return [rollout for rollout in self.train if rollout.grade is not None]
 
     @property
+    def latest_graded(self) -> list[Rollout]:
+        return [rollout for rollout in self.latest if rollout.grade is not None]
+
+    @property
     def groups(self) -> list[list[Rollout]]:
-        """The graded rollouts of each item at each step, where there are at least two."""
-        return grouped(self.graded)
+        """The latest graded rollouts of each item at each step, where there are at least two."""
+        return grouped(self.latest_graded)
 
     def setting(self, path: str) -> Any:
         """A value of the config, e.g. `training.learning_rate`; None where the config does not have it."""
@@ -246,6 +257,11 @@ def interval(rows: Sequence[Row], name: str) -> float:
     """Half-width of the 95% interval of the mean of a measure over rows, from the rows' own; inf when one lacks it."""
     widths = numbers(rows, f"{name}_ci95")
     return math.hypot(*widths) / len(widths) if widths and len(widths) == len(rows) else math.inf
+
+
+def words(text: object, max_chars: int) -> str:
+    """A text of somebody else's on one line, harmless and cut."""
+    return plain(" ".join(str(text).split()), max_chars=max_chars)
 
 
 def span(rows: Sequence[Row]) -> tuple[int, int] | None:

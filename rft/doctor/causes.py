@@ -23,7 +23,7 @@ _EXPLAINS: dict[str, tuple[str, ...]] = {
     ),
     "grader_failures": ("run_failed_by_grader", "discarded_by_grader", "constant_grader", *_GROUPS, *_GRADE),
     "discarded_by_grader": ("run_failed_by_grader",),
-    "constant_grader": (*_GROUPS, *_GRADE, "reward_hacking", "unread_answers", "entropy_collapse"),
+    "constant_grader": (*_GROUPS, *_GRADE, *_LENGTHS, "reward_hacking", "unread_answers", "entropy_collapse"),
     "learning_rate": (
         *("run_failed_by_numbers", "skipped_steps", "gradient_spikes", "logprob_gap", "clipping", "reference_kl"),
         *(*_GROUPS, *_GRADE, *_ENTROPY, *_LENGTHS, *_CALLS, "unread_answers", "reward_hacking", "refused_calls"),

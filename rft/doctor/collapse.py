@@ -68,7 +68,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
         weight=1.0,
         evidence=told + "; ".join(signs) + unusual,
         numbers={"learning_rate": rate, "num_signs": len(signs)},
-        rollout_ids=ids_of(case.graded),
+        rollout_ids=ids_of(case.latest_graded),
         steps=steps,
         cure=f"divide training.learning_rate ({rate:g}) by 10 and start anew or from a checkpoint before the fall"
         " (--checkpoint); training.warmup_steps and a lower training.max_grad_norm help at the start",
@@ -112,8 +112,8 @@ def _entropy_jumps(case: Case) -> Iterator[str]:
 
 def _logprob_jump(case: Case) -> Iterator[str]:
     """Of what was sampled: rows have no entropy of a step that trained nothing."""
-    old, new = _mean_logprob(case.first), _mean_logprob(case.train)
-    if old is None or new is None or case.first[0].step == case.train[0].step:
+    old, new = _mean_logprob(case.first), _mean_logprob(case.latest)
+    if old is None or new is None or case.first[0].step == case.latest[0].step:
         return
     if abs(old - new) >= LOGPROB_JUMP:
         yield f"the mean log-probability of sampled tokens went from {old:.2f} to {new:.2f}"
@@ -146,7 +146,7 @@ def grade_fell(case: Case) -> Iterator[Finding]:
         evidence=f"from {found.before:.3f} at step {found.best['step']} to {found.now:.3f} in the last"
         f" {len(case.recent)} steps",
         numbers={"before": found.before, "now": found.now},
-        rollout_ids=ids_of(sorted(case.graded, key=lambda r: r.grade.score if r.grade else 0.0)),
+        rollout_ids=ids_of(sorted(case.latest_graded, key=lambda r: r.grade.score if r.grade else 0.0)),
         steps=span([found.best, *case.recent]),
         cure="read rollouts of now beside those of the best step; lower training.learning_rate, set training.kl_coef"
         " (e.g. 0.01), and go on from the best checkpoint (`rft train --init-from`)",

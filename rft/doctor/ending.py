@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rft.doctor.case import Case
+from rft.doctor.case import Case, words
 from rft.doctor.finding import Finding
-from rft.plain import plain
 
 _MAX_ERROR = 400  # characters
 
@@ -44,7 +43,7 @@ def ending(case: Case) -> Iterator[Finding]:
             title=_TITLES[kind],
             severity="high",
             weight=1.0,
-            evidence=f"after step {step}: {plain(error, max_chars=_MAX_ERROR)}",
+            evidence=f"after step {step}: {words(error, _MAX_ERROR)}",
             steps=(step, step),
             cure=_CURES[kind],
         )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean, pstdev
 
-from rft.doctor.case import Case, Row, ids_of, mean, numbers, score_of, total
+from rft.doctor.case import Case, Row, ids_of, interval, mean, numbers, score_of, total, words
 from rft.doctor.finding import Finding
-from rft.metrics import shadow_divergence
-from rft.plain import plain
 from rft.types import Rollout
 
 FAILURE_SHARE, FAILURE_SHARE_HIGH = 0.02, 0.2  # of the grades: a fifth wrong turns advantages around
@@ -38,7 +38,7 @@ def grader_failures(case: Case) -> Iterator[Finding]:
         severity="high" if share >= FAILURE_SHARE_HIGH else "medium",
         weight=share,
         evidence=f"{len(failed)} of {len(graded)} grades come from a failure, {num} of them: "
-        + plain(text, max_chars=_MAX_DETAIL),
+        + words(text, _MAX_DETAIL),
         numbers={"failure_share": share, "num_graded": len(graded)},
         rollout_ids=ids_of(rollout for rollout, _ in failed),
         steps=case.steps,
@@ -68,7 +68,7 @@ def constant_grader(case: Case) -> Iterator[Finding]:
     if is_written:
         why.append("its code returns nothing else")
     if shadow:
-        why.append(f"the shadow grader {plain(shadow, max_chars=60)} tells the same answers apart")
+        why.append(f"the shadow grader {words(shadow, 60)} tells the same answers apart")
     yield Finding(
         check="constant_grader",
         title="the grader gives every answer the same grade",
@@ -119,7 +119,7 @@ def returns_one_value(source: object) -> bool:
 
 def unread_answers(case: Case) -> Iterator[Finding]:
     """`unread_answers`: flags that are the model's doing: no JSON where JSON was asked, an answer without the field."""
-    graded = case.graded
+    graded = case.latest_graded
     flagged = [r for r in graded if r.grade and r.grade.all_errors and r.grade.failure is None]
     if len(graded) < MIN_GRADES or len(flagged) < FLAG_SHARE * len(graded):
         return
@@ -129,7 +129,7 @@ def unread_answers(case: Case) -> Iterator[Finding]:
         title="the grader cannot read many answers",
         severity="medium",
         weight=len(flagged) / len(graded),
-        evidence=f"{len(flagged)} of {len(graded)} grades carry a flag, {num} times {plain(flag, max_chars=60)}",
+        evidence=f"{len(flagged)} of {len(graded)} grades carry a flag, {num} times {words(flag, 60)}",
         numbers={"flagged_share": len(flagged) / len(graded)},
         rollout_ids=ids_of(flagged),
         steps=case.steps,
@@ -169,7 +169,7 @@ def shadow_failures(case: Case) -> Iterator[Finding]:
         title="a shadow grader fails",
         severity="low",
         weight=min(1.0, num / graded) / 2,
-        evidence=f"{num:.0f} times on {graded:.0f} rollouts, for example: {plain(error, max_chars=_MAX_DETAIL)}",
+        evidence=f"{num:.0f} times on {graded:.0f} rollouts, for example: {words(error, _MAX_DETAIL)}",
         numbers={"share": num / graded},
         rollout_ids=ids_of(failed),
         steps=case.steps,
@@ -177,9 +177,43 @@ def shadow_failures(case: Case) -> Iterator[Finding]:
     )
 
 
-def divergence(rows: Sequence[Row]) -> str | None:
-    """What rft/metrics.py says of the last steps."""
-    needed = ("train/grade", "train/grade_ci95")
-    usable = [row for row in rows if all(isinstance(row.get(name), int | float) for name in needed)]
-    recent = [{name: value for name, value in row.items() if value is not None} for row in usable]
-    return shadow_divergence(recent[-2 * DIVERGENCE_WINDOW :], DIVERGENCE_WINDOW) if recent else None
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How far grade and shadow grade parted within some steps, with the half-widths of the 95% intervals."""
+
+    shadow: str
+    rise: float
+    rise_margin: float
+    fall: float
+    fall_margin: float
+
+    @property
+    def told(self) -> str:
+        return (
+            f"the grade rose by {self.rise:.3f} ± {self.rise_margin:.3f} in the last {DIVERGENCE_WINDOW} steps while"
+            f" the shadow grade {words(self.shadow, 60)} fell by {self.fall:.3f} ± {self.fall_margin:.3f}"
+        )
+
+
+def shadow_divergence(rows: Sequence[Row]) -> Divergence | None:
+    """Whether the grade rose while a shadow grade fell: what is optimised may not be what is wanted.
+
+    Compares the last steps with as many before them; a change counts when it is larger than its 95% interval.
+    """
+    recent, older = rows[-DIVERGENCE_WINDOW:], rows[-2 * DIVERGENCE_WINDOW : -DIVERGENCE_WINDOW]
+    if len(older) < DIVERGENCE_WINDOW:
+        return None
+    rise, margin = _change(older, recent, "train/grade")
+    for name in sorted(key for key in recent[-1] if key.startswith("train/shadow/") and not key.endswith("_ci95")):
+        change, change_margin = _change(older, recent, name)
+        if rise > margin and -change > change_margin:
+            return Divergence(name.removeprefix("train/shadow/"), rise, margin, -change, change_margin)
+    return None
+
+
+def _change(older: Sequence[Row], recent: Sequence[Row], name: str) -> tuple[float, float]:
+    """Difference of two means of a measure, and the half-width of its 95% interval; (0, inf) where one is missing."""
+    if any(len(numbers(part, name)) < len(part) for part in (older, recent)):
+        return 0.0, math.inf
+    change = fmean(numbers(recent, name)) - fmean(numbers(older, name))
+    return change, math.hypot(interval(older, name), interval(recent, name))

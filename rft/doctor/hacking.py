@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from statistics import fmean, median
 
-from rft.doctor.case import Case, ids_of, numbers, score_of, span
+from rft.doctor.case import Case, ids_of, interval, mean, score_of, span, words
 from rft.doctor.finding import Finding, Severity
-from rft.doctor.graders import divergence
+from rft.doctor.graders import shadow_divergence
 from rft.doctor.groups import scale
-from rft.plain import plain
 from rft.types import Rollout
 
 WIN = 0.5  # of the scale: what counts as won
@@ -27,10 +26,12 @@ TEMPLATE, MIN_TEMPLATE = 0.8, 40  # of an answer, and characters: a shared frame
 REPETITIVE = 0.3  # of the winners
 COMPRESSED, MIN_COMPRESSED = 0.35, 64  # zlib leaves 0.5-0.7 of a short English text
 REPEATED_WORD, MIN_WORDS = 0.5, 8
-FEW_LETTERS = 2  # different ones, in an answer of at least 8
+ONE_LETTER, MIN_LETTERS = 0.5, 8  # of the letters; in English the most frequent makes up an eighth
 ECHO, MIN_ECHO, GRAM = 0.6, 16, 6  # of the answer's 6-grams of tokens stand in the prompt, in answers of 16 tokens
 LENGTH_RATIO = 4.0  # winners against losers, or the other way round
 GROWTH = 0.25  # a sign of many winners at the first step too is a habit of the model, not a hack
+LAGS = 0.3  # of the scale: the grade rose by so much and the shadow grade by nothing that can be told from chance
+SHADOW_FALL = 0.1  # of a shadow grade within some steps: no small trade
 _STRONG = 2.0  # points that make the finding high
 
 _MAX_ANSWER = 80
@@ -49,13 +50,16 @@ class _Sign:
 
 def reward_hacking(case: Case) -> Iterator[Finding]:
     """`reward_hacking`: all signs there are, as one finding."""
-    winners = _winners(case, case.graded)
+    winners = _winners(case, case.latest_graded)
     signs: list[_Sign] = []
     if len(winners) >= MIN_WINNERS and len({rollout.item_id for rollout in winners}) >= MIN_ITEMS:
         signs = [sign for look in _LOOKS for sign in look(case, winners)]
-    warning = divergence(case.training)
-    if warning is not None:
-        signs.append(_Sign("shadow_divergence", 1.5, warning, [], 0.5))
+    divergence = shadow_divergence(case.training)
+    if divergence is not None:
+        points = _STRONG if divergence.fall >= SHADOW_FALL else 1.5
+        signs.append(_Sign("shadow_divergence", points, divergence.told, [], 0.5))
+    else:
+        signs += _lagging_shadow(case)
     points = sum(sign.points for sign in signs)
     if points < 1:
         return
@@ -93,7 +97,7 @@ def _is_new(case: Case, shows: Callable[[Rollout], bool], now: float) -> bool:
 
 def _toolless(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
     """Where there are tools that some rollouts use, those without a call win, and more of them than at first."""
-    if case.setting("environment") is None or not any(r.tool_calls for r in [*case.first, *case.graded]):
+    if case.setting("environment") is None or not any(r.tool_calls for r in [*case.first, *case.latest_graded]):
         return
     without = [rollout for rollout in winners if not rollout.tool_calls]
     share = len(without) / len(winners)
@@ -111,8 +115,8 @@ def _same_answer(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
     if share < SAME_ANSWER or num_items < MIN_ITEMS:
         return
     is_new = _is_new(case, lambda rollout: _normal(rollout.output_text) == text, share)
-    words = repr(plain(text, max_chars=_MAX_ANSWER)) if text else "an empty answer"
-    told = f"{share:.0%} of the winners give one answer to {num_items} different items: {words}"
+    answer = repr(words(text, _MAX_ANSWER)) if text else "an empty answer"
+    told = f"{share:.0%} of the winners give one answer to {num_items} different items: {answer}"
     yield _Sign("same_answer", 2.0 if is_new else 1.0, told, given, share)
 
 
@@ -137,7 +141,7 @@ def _repetitive(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
     share = len(found) / len(winners)
     if share < REPETITIVE or not _is_new(case, lambda rollout: is_repetitive(rollout.output_text), share):
         return
-    example = repr(plain(found[0].output_text, max_chars=_MAX_ANSWER))
+    example = repr(words(found[0].output_text, _MAX_ANSWER))
     yield _Sign("repetition", 2.0, f"{share:.0%} of the winners repeat themselves, like {example}", found, share)
 
 
@@ -151,7 +155,7 @@ def _echo(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
 
 def _odd_length(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
     won = {rollout.id for rollout in winners}
-    losers = [rollout for rollout in [*case.first, *case.graded] if rollout.id not in won]
+    losers = [rollout for rollout in [*case.first, *case.latest_graded] if rollout.id not in won]
     if len(losers) < MIN_WINNERS:
         return
     long = median(len(rollout.output_text) for rollout in winners)
@@ -161,6 +165,21 @@ def _odd_length(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
     kind = "long" if long > other else "short"
     told = f"the winners' answers are unusually {kind}: {long:.0f} characters, those of others {other:.0f}"
     yield _Sign("odd_length", 0.5, told, winners, 0.3)
+
+
+def _lagging_shadow(case: Case) -> Iterator[_Sign]:
+    low, high = scale(case)
+    before, now = case.training[:1], case.recent
+    rise = (mean(now, "train/grade") or 0.0) - (mean(before, "train/grade") or 0.0)
+    if rise < LAGS * (high - low) or rise < interval(now, "train/grade") + interval(before, "train/grade"):
+        return
+    for name in sorted(key for key in now[-1] if key.startswith("train/shadow/") and not key.endswith("_ci95")):
+        shadow_rise = (mean(now, name) or 0.0) - (mean(before, name) or 0.0)
+        if shadow_rise > max(interval(now, name), rise / 10):
+            continue
+        shadow = words(name.removeprefix("train/shadow/"), 60)
+        told = f"the grade rose by {rise:.3f} and the shadow grade {shadow} by {shadow_rise:.3f}"
+        yield _Sign("shadow_lags", 1.5, told, [], 0.5)
 
 
 _LOOKS = (_same_answer, _repetitive, _toolless, _template, _echo, _odd_length)
@@ -186,11 +205,11 @@ def _num_common(one: str, other: str) -> int:
 
 
 def is_repetitive(text: str) -> bool:
-    """One or two letters, one word again and again, or a text that compresses far below ordinary language."""
-    letters = "".join(text.split())
-    if len(letters) < MIN_WORDS:
+    """One letter, one word again and again, or a text that compresses far below ordinary language."""
+    letters = [letter for letter in text if letter.isalnum()]
+    if len(letters) < MIN_LETTERS:
         return False
-    if len(set(letters)) <= FEW_LETTERS:
+    if Counter(letters).most_common(1)[0][1] >= ONE_LETTER * len(letters):
         return True
     words = text.lower().split()
     if len(words) >= MIN_WORDS and Counter(words).most_common(1)[0][1] >= REPEATED_WORD * len(words):
@@ -213,16 +232,15 @@ def _grams(ids: Sequence[int]) -> set[tuple[int, ...]]:
 
 def shadow_falls(case: Case) -> Iterator[Finding]:
     """`shadow_divergence` alone, for training: from rows, without reading answers."""
-    warning = divergence(case.training)
-    if warning is not None:
-        rise = numbers(case.recent, "train/grade")
+    divergence = shadow_divergence(case.training)
+    if divergence is not None:
         yield Finding(
             check="shadow_divergence",
             title="grade and shadow grade part",
             severity="medium",
             weight=0.5,
-            evidence=warning,
-            numbers={"grade": fmean(rise)} if rise else {},
+            evidence=divergence.told,
+            numbers={"rise": divergence.rise, "shadow_fall": divergence.fall},
             steps=span(case.recent),
             cure="read some rollouts and compare what both graders reward; optimise what the shadow grader measures",
         )

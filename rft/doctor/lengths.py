@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rft.doctor.case import Case, ids_of, interval, mean
 from rft.doctor.finding import Finding
+from rft.doctor.groups import USELESS_SHARE, useless_share
 from rft.types import StopReason
 
 TRUNCATED, TRUNCATED_HIGH = 0.3, 0.7  # of the rollouts now
@@ -26,17 +27,18 @@ _MEASURES = {  # measure -> check, words, cure
 
 
 def truncated(case: Case) -> Iterator[Finding]:
-    """`truncated_by_tokens`, `..._by_turns`, `..._by_time`."""
+    """`truncated_by_tokens`, `..._by_turns`, `..._by_time`. No disaster while groups still teach."""
+    useless = useless_share(case) or 0.0
     for reason, (words, keys) in _LIMITS.items():
         name = f"train/stop/{reason}"
         now = sum(row.get(name) or 0.0 for row in case.recent) / max(1, len(case.recent))
         if now < TRUNCATED:
             continue
-        cut = [rollout for rollout in case.train if rollout.stop_reason == reason]
+        cut = [rollout for rollout in case.latest if rollout.stop_reason == reason]
         yield Finding(
             check=f"truncated_by_{'time' if reason == StopReason.TIME_LIMIT else reason.value.removeprefix('max_')}",
             title=f"rollouts are cut off by {words}",
-            severity="high" if now >= TRUNCATED_HIGH else "medium",
+            severity="high" if now >= TRUNCATED_HIGH and useless >= USELESS_SHARE else "medium",
             weight=now,
             evidence=f"{now:.0%} of the rollouts now, {mean(case.training[:1], name) or 0.0:.0%} at the first step",
             numbers={"share": now},
@@ -63,7 +65,7 @@ def growth(case: Case) -> Iterator[Finding]:
             weight=min(1.0, now / max(before, 1.0) / 10),
             evidence=f"{before:.1f} at first, {now:.1f} now; the grade changed by {gain:+.3f}",
             numbers={"before": before, "now": now, "grade_change": gain},
-            rollout_ids=ids_of(sorted(case.graded, key=lambda rollout: -rollout.num_sampled_tokens)),
+            rollout_ids=ids_of(sorted(case.latest_graded, key=lambda rollout: -rollout.num_sampled_tokens)),
             steps=case.steps,
             cure=f"set {key}",
         )
@@ -81,7 +83,7 @@ def empty_answers(case: Case) -> Iterator[Finding]:
         weight=now,
         evidence=f"{now:.0%} of the rollouts end without a text",
         numbers={"share": now},
-        rollout_ids=ids_of(rollout for rollout in case.graded if not rollout.output_text.strip()),
+        rollout_ids=ids_of(rollout for rollout in case.latest_graded if not rollout.output_text.strip()),
         steps=case.steps,
         cure="ask for a final answer in the rows or by rollout.last_turn_message; with a thinking model raise"
         " rollout.max_tokens_per_turn",

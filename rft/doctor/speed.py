@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from rft.doctor.case import Case, ids_of, mean, numbers, total
+from rft.doctor.case import Case, ids_of, mean, numbers, total, words
 from rft.doctor.finding import Finding
-from rft.plain import plain
 from rft.types import Rollout
 
 PHASE = 0.75  # of a step: one phase dominates
@@ -56,7 +55,7 @@ def slow_tools(case: Case) -> Iterator[Finding]:
     names = {name for row in case.recent for name in row if name.startswith("train/tool_latency_s/")}
     each = {name: mean(case.recent, name) or 0.0 for name in names}
     worst = max(each, key=lambda name: each[name], default="")
-    named = plain(worst.removeprefix("train/tool_latency_s/"), max_chars=60) or "?"
+    named = words(worst.removeprefix("train/tool_latency_s/"), 60) or "?"
     yield Finding(
         check="slow_tool",
         title=f"rollouts wait for tools, most for {named}",

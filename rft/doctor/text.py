@@ -24,11 +24,10 @@ def _parts(diagnosis: Diagnosis, run: Path) -> Iterator[Text]:
     verdict = f"{num} finding{'s' if num != 1 else ''}, the worst first" if num else "nothing wrong found"
     yield _text(f"{diagnosis.run_id}: {verdict} ({steps})", "bold")
     for number, finding in enumerate(diagnosis.findings, 1):
-        yield _text(
-            f"{number}. [{finding.severity}] {finding.title} ({finding.check}{_steps(finding)})", finding.severity
-        )
+        title = f"{number}. [{finding.severity}] {finding.title} ({finding.check}{_steps(finding)})"
+        yield _text(title, finding.severity)
         for line in _lines(finding, run):
-            yield Padding(_text(line), (0, 0, 0, 3))
+            yield _text(f"   {line}")
     if not num:
         yield _text(f"checked: {', '.join(name.replace('_', ' ') for name in diagnosis.checks)}")
     for problem in diagnosis.problems:

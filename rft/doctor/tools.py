@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from rft.doctor.case import Case, ids_of, mean, span
+from rft.doctor.case import Case, ids_of, mean, span, words
 from rft.doctor.ending import error_kind
 from rft.doctor.finding import Finding, Severity
-from rft.plain import plain
 from rft.types import Rollout, StopReason, ToolCall, ToolResult
 
 MIN_CALLS = 8  # fewer say nothing about a share
@@ -50,7 +49,7 @@ def dead_tools(case: Case) -> Iterator[Finding]:
     failures = _failures(case.train)
     worst = max(failures, key=lambda name: len(failures[name].rollouts), default="")
     failed = failures.get(worst, _Failures())
-    named = plain(worst, max_chars=_MAX_NAME) or "a tool"
+    named = words(worst, _MAX_NAME) or "a tool"
     severity: Severity = "high" if has_ended or discarded >= FAILED_SHARE_HIGH else "medium"
     yield Finding(
         check="dead_tool",
@@ -77,7 +76,7 @@ def _told_failures(
 ) -> str:
     told = []
     if failed.rollouts:
-        errors = Counter(plain((r.error or "").partition("\n")[0], max_chars=_MAX_ERROR) for r in failed.rollouts)
+        errors = Counter(words((r.error or "").partition("\n")[0], _MAX_ERROR) for r in failed.rollouts)
         text, num = errors.most_common(1)[0]
         told.append(
             f"{len(failed.rollouts)} of {len(failed.rollouts) + failed.num_served} sampled calls of {name} failed for"
@@ -88,7 +87,7 @@ def _told_failures(
     if down:
         told.append(f"{down[-1]} was down {len(down)} times" + (f", {down_s:.0f} s in all" if down_s else ""))
     if has_ended:
-        told.append("it ended the run: " + plain(str(case.state.get("error")), max_chars=2 * _MAX_ERROR))
+        told.append("it ended the run: " + words(case.state.get("error"), 2 * _MAX_ERROR))
     return "; ".join(told)
 
 
@@ -132,7 +131,7 @@ def _steps_with(case: Case, name: str) -> tuple[int, int] | None:
 def _outages(case: Case) -> tuple[list[str], float]:
     """What was down, once per outage, and for how many seconds in all as far as it came back."""
     messages = [str(event.get("message", "")) for event in case.events]
-    down = [plain(text.partition(_DOWN)[0], max_chars=2 * _MAX_NAME) for text in messages if _DOWN in text]
+    down = [words(text.partition(_DOWN)[0], 2 * _MAX_NAME) for text in messages if _DOWN in text]
     return down, sum(float(found.group(1)) for text in messages if (found := _BACK.search(text)))
 
 
@@ -142,7 +141,7 @@ def _outages(case: Case) -> tuple[list[str], float]:
 def refused_calls(case: Case) -> Iterator[Finding]:
     """`refused_calls`: a tool answers well-formed calls with errors."""
     answers: dict[str, list[tuple[Rollout, ToolResult]]] = {}
-    for rollout in case.train:
+    for rollout in case.latest:
         for call, result in _well_formed(rollout):
             if result is not None:
                 answers.setdefault(call.name, []).append((rollout, result))
@@ -154,14 +153,14 @@ def refused_calls(case: Case) -> Iterator[Finding]:
             continue
         text, num_same = Counter(result.output for _, result in refused).most_common(1)[0]
         is_dead = share >= REFUSED_SHARE_HIGH and num_same >= REFUSED_SHARE_HIGH * len(refused)
-        named = plain(name, max_chars=_MAX_NAME)
+        named = words(name, _MAX_NAME)
         yield Finding(
             check="refused_calls",
             title=f"the tool {named} refuses " + ("every call" if is_dead else "most calls"),
             severity="high" if is_dead and len(results) >= num_all / 2 else "medium",
             weight=share * len(results) / num_all,
             evidence=f"{len(refused)} of {len(results)} well-formed calls were answered with an error, {num_same} of"
-            f" them with: {plain(text, max_chars=_MAX_ERROR)}",
+            f" them with: {words(text, _MAX_ERROR)}",
             numbers={"refused_share": share, "num_calls": len(results)},
             rollout_ids=ids_of(rollout for rollout, _ in refused),
             steps=case.steps,
@@ -172,7 +171,7 @@ def refused_calls(case: Case) -> Iterator[Finding]:
 
 def bad_calls(case: Case) -> Iterator[Finding]:
     """`malformed_calls` and `unknown_tools`: calls that could not be executed."""
-    calls = [(rollout, call) for rollout in case.train for call, _ in rollout.tool_calls]
+    calls = [(rollout, call) for rollout in case.latest for call, _ in rollout.tool_calls]
     if len(calls) < MIN_CALLS:
         return
     unknown = [(rollout, call) for rollout, call in calls if (call.error or "").startswith("there is no tool")]
@@ -195,7 +194,7 @@ def bad_calls(case: Case) -> Iterator[Finding]:
             severity="high" if share >= MALFORMED_SHARE_HIGH else "medium",
             weight=share,
             evidence=f"{len(found)} of the last {len(calls)} calls; the most frequent error, {num} times:"
-            f" {plain(text, max_chars=_MAX_ERROR)}",
+            f" {words(text, _MAX_ERROR)}",
             numbers={"share": share, "num_calls": len(calls)},
             rollout_ids=ids_of(rollout for rollout, _ in found),
             steps=case.steps,
@@ -216,7 +215,7 @@ def unused_tools(case: Case) -> Iterator[Finding]:
         weight=0.5 if has_stopped else 0.4,
         evidence=f"{now:.2f} calls per rollout now, {before:.2f} at first",
         numbers={"tool_calls": now, "tool_calls_at_first": before},
-        rollout_ids=ids_of(rollout for rollout in case.train if not rollout.tool_calls),
+        rollout_ids=ids_of(rollout for rollout in case.latest if not rollout.tool_calls),
         steps=case.steps,
         cure="pay for the use of a tool in the grader, check training.costs.tool_calls, show a call in the rows'"
         " system message, or warm the model up (`rft warmup`)",
@@ -236,7 +235,7 @@ def discarded(case: Case) -> Iterator[Finding]:
             continue
         found = [rollout for rollout in case.train if rollout.stop_reason == reason]
         who = "engine" if reason == StopReason.ENGINE_FAILED else "grader"
-        error = plain((found[0].error or "").partition("\n")[0], max_chars=_MAX_ERROR) if found else "see the rollouts"
+        error = words((found[0].error or "").partition("\n")[0], _MAX_ERROR) if found else "see the rollouts"
         yield Finding(
             check=f"discarded_by_{who}",
             title=f"the {who} makes rollouts be discarded",
