@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
-from rft.doctor.case import Case, Row, ids_of, interval, mean, numbers, score_of, total, words
+from rft.doctor.case import Case, Row, grouped, ids_of, interval, mean, numbers, score_of, total, words
 from rft.doctor.finding import Finding
 from rft.types import Rollout
 
@@ -53,7 +53,7 @@ def constant_grader(case: Case) -> Iterator[Finding]:
     A grade of 0 for everything may be a model that never succeeds: then the grader is blamed only when its code returns
     nothing else, or when a shadow grader tells the same answers apart.
     """
-    graded = [*case.first, *case.graded]
+    graded = list({rollout.id: rollout for rollout in [*case.first, *case.graded]}.values())
     scores = {score_of(rollout) for rollout in graded}
     if len(graded) < MIN_GRADES or len(scores) > 1 or not _is_constant_in(case):
         return
@@ -99,10 +99,9 @@ def _telling_shadow(graded: Sequence[Rollout]) -> str:
 
 
 def _share_of_different(graded: Sequence[Rollout]) -> float:
-    answers: dict[str, list[str]] = {}
-    for rollout in graded:
-        answers.setdefault(rollout.item_id, []).append(rollout.output_text.strip())
-    return fmean(len(set(texts)) / len(texts) for texts in answers.values())
+    """Of the answers to one item in one step, as a mean over groups."""
+    texts = [[rollout.output_text.strip() for rollout in group] for group in grouped(graded)]
+    return fmean([len(set(answers)) / len(answers) for answers in texts] or [0.0])
 
 
 def returns_one_value(source: object) -> bool:

@@ -121,19 +121,20 @@ def _same_answer(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
 
 
 def _template(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
-    """Different answers to different items that are one text but for a few letters."""
-    one_each = list({rollout.item_id: rollout for rollout in winners}.values())
-    pairs = [
-        (one, other)
-        for one, other in pairwise(one_each)
-        if _normal(one.output_text) != _normal(other.output_text)
-        and min(len(one.output_text), len(other.output_text)) >= MIN_TEMPLATE
-    ]
-    likeness = [_likeness(one.output_text, other.output_text) for one, other in pairs]
-    if len(pairs) < MIN_ITEMS - 1 or median(likeness) < TEMPLATE:
+    """Different answers to different items that are one text but for a few letters. A learnt form looks so too."""
+    likeness = _common_share(winners)
+    if likeness is None or likeness < TEMPLATE or (_common_share(case.first) or 0.0) >= TEMPLATE:
         return
-    told = f"{median(likeness):.0%} of an answer is the same text for different items"
-    yield _Sign("template_answers", 1.0, told, [one for one, _ in pairs], len(pairs) / max(1, len(one_each) - 1))
+    told = f"{likeness:.0%} of the winners' answers is the same text for different items"
+    yield _Sign("template_answers", 0.5, told, winners, likeness)
+
+
+def _common_share(rollouts: Sequence[Rollout]) -> float | None:
+    """How much of a long answer is also in the answer to the next item, as a median; None with too few of them."""
+    answers = {rollout.item_id: rollout.output_text for rollout in rollouts}
+    pairs = [(one, other) for one, other in pairwise(answers.values()) if _normal(one) != _normal(other)]
+    likeness = [_likeness(one, other) for one, other in pairs if min(len(one), len(other)) >= MIN_TEMPLATE]
+    return median(likeness) if len(likeness) >= MIN_ITEMS - 1 else None
 
 
 def _repetitive(case: Case, winners: list[Rollout]) -> Iterator[_Sign]:
