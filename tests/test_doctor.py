@@ -570,6 +570,21 @@ def test_every_key_may_be_missing_or_null(tmp_path: Path) -> None:
             assert diagnose(store).num_steps >= 8
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, 0.0])
+def test_no_number_of_a_row_ends_the_training(tmp_path: Path, value: float | None) -> None:
+    with RunStore.create(tmp_path, "run", {}) as store:
+        for key in sorted(a_row(1).keys() - {"step", "kind"}):
+            alarm = Alarm(a_run_config(tmp_path), store)
+            for step in range(1, 12):
+                for finding in alarm.look(a_row(step, **({key: value} if step > 4 else {})), []):
+                    assert Finding.model_validate_json(finding.model_dump_json()) == finding
+
+
+def test_a_run_that_only_samples(tmp_path: Path) -> None:
+    store = a_store(tmp_path, lambda step: {"kind": "sampling", "groups/no_signal": 6}, lambda r: graded(r, 0.0))
+    assert diagnose(store).findings[0].check == "groups_all_fail"
+
+
 def test_a_large_run_is_read_in_part(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path, "run", {})
     line = json.dumps(a_rollout(an_item(0), "train", 1, 0, 0.0).model_dump())
@@ -681,3 +696,17 @@ def test_what_was_not_read_is_said(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(told(diagnosis, tmp_path))
     assert "not read: x\\x07" in capture.get() and "\x1b" not in capture.get() and "checked: a b" in capture.get()
+
+
+def test_one_lucky_step_is_no_height_to_fall_from(tmp_path: Path) -> None:
+    lucky = a_store(tmp_path, lambda step: {"train/grade": 0.8 if step == 20 else 0.3}, steps=40)
+    assert "grade_fell" not in found(lucky)
+
+
+def test_a_frame_that_is_new_among_winners_is_a_sign(tmp_path: Path) -> None:
+    def signs(change: Change, name: str) -> dict[str, float]:
+        findings = diagnose(a_store(tmp_path / name, change=change)).findings
+        return next(finding for finding in findings if finding.check == "reward_hacking").numbers
+
+    assert signs(lambda r: without_call(framed(r)), "framed")["template_answers"] > 0.8
+    assert "template_answers" not in signs(without_call, "free")

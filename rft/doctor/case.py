@@ -26,6 +26,8 @@ MAX_BYTES = 96 * 2**20  # about a second of JSON
 _FIRST_ROLLOUTS = 256  # of the first step, which the untrained model sampled: what the others are compared with
 _MIN_WINDOW, _MAX_WINDOW = 4, 16  # steps that are "now", and as many that are "at first"
 
+_STEPS = ("training", "sampling")  # rows of steps; a run that only samples has groups, calls and grades to look at
+
 Row = dict[str, Any]
 
 
@@ -110,7 +112,7 @@ def read_case(store: RunStore) -> Case:
         config=_object(store.config, problems),
         state=_object(store.read_state, problems),
         status=_status(store),
-        training=_by_step([row for row in rows if row.get("kind") == "training"]),
+        training=_by_step([row for row in rows if row.get("kind") in _STEPS]),
         evaluations=[row for row in rows if row.get("kind") == "evaluation"],
         events=list(_readable(store.events, "events.jsonl", problems)),
         rollouts=rollouts,

@@ -43,6 +43,7 @@ _EXPLAINS: dict[str, tuple[str, ...]] = {
     "groups_all_fail": ("grade_flat", "few_rollouts"),
     "groups_all_succeed": ("grade_flat", "few_rollouts"),
     "groups_stuck": ("grade_flat", "few_rollouts"),
+    "grade_fell": ("grade_flat",),
     "slow_tool": ("slow_phase", "straggler"),
     "slow_grader": ("slow_phase",),
     "straggler": ("slow_phase",),

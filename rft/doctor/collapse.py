@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,25 +31,35 @@ _SHARES = {  # of the rollouts, and what it means when it jumps up
 
 @dataclass(frozen=True, slots=True)
 class Fall:
-    """From the best step to now."""
+    """From the best steps to now."""
 
-    best: Row
+    best: list[Row]
     before: float
     now: float
 
 
 def fall(case: Case) -> Fall | None:
-    """The grade now is at most half of the best step's, beyond both 95% intervals."""
+    """The grade now is at most half of what it was at best, beyond both 95% intervals.
+
+    At best: of the first two steps, which were sampled before a learning rate could break anything, or of as many
+    later steps as are looked at now. The best single one of many steps would be one with easy items.
+    """
     rows = [row for row in case.training if numbers([row], "train/grade")]
     recent = [row for row in case.recent if numbers([row], "train/grade")]
-    if len(rows) < 2 or not recent:
+    before = rows[: len(rows) - len(recent)]
+    if not recent or not before:
         return None
-    best = max(rows, key=lambda row: row["train/grade"] - interval([row], "train/grade"))
-    lower = best["train/grade"] - interval([best], "train/grade")
-    now = fmean(numbers(recent, "train/grade"))
-    width = interval(recent, "train/grade")
-    has_fallen = best["step"] < recent[-1]["step"] and now + width < lower and now <= FALL * best["train/grade"]
-    return Fall(best, best["train/grade"], now) if has_fallen else None
+    size, stride = len(recent), max(1, len(recent) // 2)
+    parts = [[row] for row in before[:2]]
+    parts += [before[i : i + size] for i in range(0, len(before) - size + 1, stride)]
+    best = max(parts, key=lambda part: _grade(part) - interval(part, "train/grade"))
+    width = interval(best, "train/grade") + interval(recent, "train/grade")
+    has_fallen = _grade(recent) + width < _grade(best) and _grade(recent) <= FALL * _grade(best)
+    return Fall(best, _grade(best), _grade(recent)) if has_fallen else None
+
+
+def _grade(rows: list[Row]) -> float:
+    return fmean(numbers(rows, "train/grade"))
 
 
 def learning_rate(case: Case) -> Iterator[Finding]:
@@ -60,7 +71,7 @@ def learning_rate(case: Case) -> Iterator[Finding]:
     usual = USUAL_LORA if case.setting("model.lora") is not None else USUAL_FULL
     told = f"the grade fell from {fallen.before:.3f} to {fallen.now:.3f}; " if fallen else ""
     unusual = f"; training.learning_rate {rate:g} is above what is usual ({usual:g})" if rate > usual else ""
-    steps = span([fallen.best, *case.recent]) if fallen else span(case.training)
+    steps = span([*fallen.best, *case.recent]) if fallen else span(case.training)
     yield Finding(
         check="learning_rate",
         title="the policy broke: the learning rate is too high",
@@ -143,11 +154,11 @@ def grade_fell(case: Case) -> Iterator[Finding]:
         title="the grade fell",
         severity="high",
         weight=min(1.0, (found.before - found.now) / max(abs(found.before), 1e-9)),
-        evidence=f"from {found.before:.3f} at step {found.best['step']} to {found.now:.3f} in the last"
+        evidence=f"from {found.before:.3f} at step {found.best[0]['step']} to {found.now:.3f} in the last"
         f" {len(case.recent)} steps",
         numbers={"before": found.before, "now": found.now},
         rollout_ids=ids_of(sorted(case.latest_graded, key=lambda r: r.grade.score if r.grade else 0.0)),
-        steps=span([found.best, *case.recent]),
+        steps=span([*found.best, *case.recent]),
         cure="read rollouts of now beside those of the best step; lower training.learning_rate, set training.kl_coef"
         " (e.g. 0.01), and go on from the best checkpoint (`rft train --init-from`)",
     )
@@ -161,7 +172,7 @@ def grade_flat(case: Case) -> Iterator[Finding]:
     early, recent = rows[: case.window], rows[-case.window :]
     before, now = fmean(numbers(early, "train/grade")), fmean(numbers(recent, "train/grade"))
     margin = (interval(early, "train/grade") ** 2 + interval(recent, "train/grade") ** 2) ** 0.5
-    if abs(now - before) > margin or before >= 1 - GAP / 2:
+    if not math.isfinite(margin) or abs(now - before) > margin or before >= 1 - GAP / 2:
         return
     yield Finding(
         check="grade_flat",
