@@ -13,6 +13,7 @@ from rft.doctor import collapse, graders, groups, hacking, lengths, policy, tool
 from rft.doctor.case import Case, Row
 from rft.doctor.diagnosis import Check, examine
 from rft.doctor.finding import Finding
+from rft.files import finite
 from rft.store import RunStore
 from rft.types import Group, Rollout
 
@@ -79,10 +80,8 @@ class Alarm:
         return finding.weight >= self._told[finding.check] + WORSE
 
     def _keep(self, row: Row) -> None:
-        if len(self._first) < _FIRST_ROWS:
-            self._first.append(row)
-        else:
-            self._last.append(row)
+        """As a reader of the file would see it: what is not finite is null."""
+        (self._first if len(self._first) < _FIRST_ROWS else self._last).append(finite(row))
 
     def _read(self, before: int) -> None:
         """The rows of a run that goes on, and what was told of it."""

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rft.errors import StorageError
-from rft.files import parsed
+from rft.files import finite, parsed
 from rft.plain import plain
 from rft.store import RunStore
 from rft.types import Rollout
@@ -144,7 +144,7 @@ def _readable(read: Callable[[], Iterable[Row]], name: str, problems: list[str])
 
 
 def _by_step(rows: list[Row]) -> list[Row]:
-    found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    found = {row["step"]: finite(row) for row in rows if isinstance(row.get("step"), int)}
     return [found[step] for step in sorted(found)]
 
 
