@@ -654,6 +654,18 @@ def test_warnings_see_the_answers_of_the_step(tmp_path: Path) -> None:
         assert [finding.check for finding in alarm.look(a_row(2), bad)] == ["malformed_calls"]
 
 
+def test_a_warning_names_the_tool_that_fails(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, "run", {}) as store:
+        alarm = Alarm(a_run_config(tmp_path), store)
+        assert alarm.look(a_row(1), groups_of(1)) == []
+        for group in groups_of(2, failing_tool):
+            for rollout in group.rollouts:
+                other = rollout.model_copy(update={"error": (rollout.error or "").replace("search", "browse")})
+                store.append_rollout(other)
+        (finding,) = alarm.look(a_row(2, **{"train/stop/tool_failed": 0.25}), groups_of(2))
+    assert finding.title == "the tool browse fails" and finding.severity == "high"
+
+
 def test_looking_at_a_step_costs_little(tmp_path: Path) -> None:
     """Of 256 rollouts: it is compared with a tenth of a second, 1% of a short step of such a size."""
     groups = [group for _ in range(11) for group in groups_of(1)]

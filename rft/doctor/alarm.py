@@ -1,6 +1,7 @@
 """The checks that are cheap enough for every step of a training, each told once and again when it got much worse.
 
-Keeps the rows it needs in memory, and reads the run folder once, at the first step, for a run that was resumed.
+Keeps the rows it needs in memory. Reads the run folder at the first step, for a run that was resumed, and the rollouts
+of a step when a tool begins to fail.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 
 from rft.config import RunConfig
 from rft.doctor import collapse, graders, groups, hacking, lengths, policy, tools
-from rft.doctor.case import Case, Row
+from rft.doctor.case import Case, Row, read_step
 from rft.doctor.diagnosis import Check, examine
 from rft.doctor.finding import Finding
 from rft.files import finite
 from rft.store import RunStore
-from rft.types import Group, Rollout
+from rft.types import Group, Rollout, StopReason
 
 WORSE = 0.3  # of weight: much worse than when it was told
 _FIRST_ROWS, _LAST_ROWS = 16, 32  # as many as a case's windows look at
@@ -63,6 +64,7 @@ class Alarm:
         self._keep(row)
         rollouts = [rollout for group in groups_of_step for rollout in group.rollouts][:_MAX_ROLLOUTS]
         self._sampled_first = self._sampled_first or rollouts
+        rollouts += self._discarded(row)
         case = Case(
             config=self._config,
             training=[*self._first, *self._last],
@@ -73,6 +75,13 @@ class Alarm:
         news = [finding for finding in found if self._is_news(finding, len(case.training))]
         self._told |= {finding.check: finding.weight for finding in news}
         return news
+
+    def _discarded(self, row: Row) -> list[Rollout]:
+        """Those that tools failed, which groups do not hold: read when first met, so that the tool is named."""
+        if "dead_tool" in self._told or not row.get(f"train/stop/{StopReason.TOOL_FAILED}"):
+            return []
+        found = read_step(self._store, int(row["step"]), _MAX_ROLLOUTS)
+        return [rollout for rollout in found if rollout.stop_reason == StopReason.TOOL_FAILED]
 
     def _is_news(self, finding: Finding, num_steps: int) -> bool:
         if finding.check not in self._told:

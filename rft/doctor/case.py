@@ -170,11 +170,16 @@ def _sample(store: RunStore, problems: list[str]) -> tuple[list[Rollout], list[R
     return newest, first
 
 
+def read_step(store: RunStore, step: int, limit: int) -> list[Rollout]:
+    """At most so many rollouts of one step, discarded ones too; what cannot be read is left out."""
+    return _Reader(MAX_BYTES // 8).read(store.rollout_path(step), limit)
+
+
 class _Reader:
     """Reads rollouts line by line within a number of bytes; of one id the row written last."""
 
-    def __init__(self) -> None:
-        self.left_bytes = MAX_BYTES
+    def __init__(self, left_bytes: int = MAX_BYTES) -> None:
+        self.left_bytes = left_bytes
         self.unread: Counter[tuple[str, str]] = Counter()
 
     def read(self, path: Path, limit: int) -> list[Rollout]:

@@ -46,14 +46,14 @@ def dead_tools(case: Case) -> Iterator[Finding]:
     has_ended = case.status == "failed" and error_kind(str(case.state.get("error"))) == "run_failed_by_tools"
     if discarded < FAILED_SHARE and not down and not has_ended:
         return
-    failures = _failures(case.train)
+    failures = {name: failed for name, failed in _failures(case.train).items() if failed.rollouts}
     worst = max(failures, key=lambda name: len(failures[name].rollouts), default="")
     failed = failures.get(worst, _Failures())
     named = words(worst, _MAX_NAME) or "a tool"
     severity: Severity = "high" if has_ended or discarded >= FAILED_SHARE_HIGH else "medium"
     yield Finding(
         check="dead_tool",
-        title=f"the tool {named} fails" if worst else "the tools' server fails",
+        title=f"the tool {named} fails" if worst else "a tool's server fails",
         severity=severity,
         weight=1.0 if has_ended else min(1.0, discarded + (0.1 if down else 0.0)),
         evidence=_told_failures(case, named, failed, discarded, down, seconds, has_ended),
