@@ -128,36 +128,6 @@ def _grader_metrics(grades: Sequence[Grade]) -> dict[str, float]:
     return row | {f"grader_error/{flag}": float(count) for flag, count in sorted(flags.items())}
 
 
-def shadow_divergence(rows: Sequence[dict[str, Any]], window: int = 4) -> str | None:
-    """A warning when the grade rose while a shadow grade fell: what is optimised may not be what is wanted.
-
-    Compares the last `window` training rows with the `window` before them; a change counts when it is larger than its
-    95% interval (of the difference of two means of `window` steps each).
-    """
-    recent, older = rows[-window:], rows[-2 * window : -window]
-    if len(older) < window:
-        return None
-    rise, margin = _change(older, recent, "train/grade")
-    for name in sorted(key for key in recent[-1] if key.startswith("train/shadow/") and not key.endswith("_ci95")):
-        fall, fall_margin = _change(older, recent, name)
-        if rise > margin and -fall > fall_margin:
-            shadow = name.removeprefix("train/shadow/")
-            return (
-                f"the grade rose by {rise:.3f} ± {margin:.3f} in the last {window} steps while the shadow grade"
-                f" {shadow} fell by {-fall:.3f} ± {fall_margin:.3f}: read some rollouts, the grader may be gamed"
-            )
-    return None
-
-
-def _change(older: Sequence[dict[str, Any]], recent: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
-    """Difference of the two means of a measure, and the half-width of its 95% interval; (0, 0) where it is missing."""
-    if any(name not in row for row in (*older, *recent)):
-        return 0.0, 0.0
-    half_widths = [row[f"{name}_ci95"] / len(part) for part in (older, recent) for row in part]
-    means = [fmean(row[name] for row in part) for part in (older, recent)]
-    return means[1] - means[0], math.hypot(*half_widths)
-
-
 def best_steps(rows: Iterable[dict[str, Any]], count: int, among: Collection[int]) -> set[int]:
     """Of the steps `among` those with the highest validation grades; of equal ones the later."""
     found = [row for row in rows if row.get("kind") == "evaluation" and row["split"] == "validation"]

@@ -89,8 +89,10 @@ def summary(store: RunStore) -> dict[str, Any]:
 
 def status(store: RunStore) -> str:
     """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
-    found = str(config_and_state(store)[1].get("status", "unknown"))
-    return "killed" if found in _UNFINISHED and store.writer() is None else found
+    try:
+        return store.status
+    except StorageError:  # state.json cannot be read, which `summary` says
+        return "unknown"
 
 
 def _stops(rollouts: list[Rollout]) -> dict[str, dict[str, int]]:

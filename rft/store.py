@@ -25,6 +25,7 @@ from rft.sift import readable, sift
 from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
+_UNFINISHED = ("starting", "running")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -220,6 +221,12 @@ class RunStore:
         """The last state written, {} when there is none."""
         path = self.path / "state.json"
         return read_json(path) if path.exists() else {}
+
+    @property
+    def status(self) -> str:
+        """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
+        found = str(self.read_state().get("status", "unknown"))
+        return "killed" if found in _UNFINISHED and self.writer() is None else found
 
     def read_live(self) -> dict[str, Any]:
         """What the run was last doing, {} when it never said."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rft.metrics import mean_ci95, rollout_metrics, shadow_divergence, stop_shares
+from rft.metrics import mean_ci95, rollout_metrics, stop_shares
 from rft.types import Grade, Group, Item, Message, Rollout, StopReason, TokenUsage, ToolCall, ToolResult, Turn
 
 
@@ -112,30 +112,3 @@ def test_parts_judges_and_tools_are_broken_down() -> None:
     assert row["tool_answer_tokens"] == 4.0, "of the one answer that a later turn has in its prompt"
     assert (row["num_graded"], row["num_sampled_tokens"], row["num_reasoning_tokens"]) == (2, 9, 2)
     assert row["unresponsive_share"] == 0.5 and row["reasoning_tokens"] == 1.0
-
-
-def steps(grades: list[float], shadows: list[float], ci95: float = 0.02) -> list[dict[str, float]]:
-    return [
-        {"train/grade": grade, "train/grade_ci95": ci95, "train/shadow/code": shadow, "train/shadow/code_ci95": ci95}
-        for grade, shadow in zip(grades, shadows, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("grades", "shadows", "ci95", "warns"),
-    [
-        ([0.2] * 4 + [0.5] * 4, [0.4] * 4 + [0.1] * 4, 0.02, True),
-        ([0.2] * 4 + [0.5] * 4, [0.1] * 4 + [0.4] * 4, 0.02, False),  # both rise
-        ([0.5] * 4 + [0.2] * 4, [0.4] * 4 + [0.1] * 4, 0.02, False),  # both fall
-        ([0.2] * 4 + [0.5] * 4, [0.4] * 4 + [0.1] * 4, 0.5, False),  # within the noise
-        ([0.2] * 3 + [0.5] * 4, [0.4] * 3 + [0.1] * 4, 0.02, False),  # too few steps
-    ],
-)
-def test_a_grade_that_rises_while_its_shadow_falls(
-    grades: list[float], shadows: list[float], ci95: float, warns: bool
-) -> None:
-    warning = shadow_divergence(steps(grades, shadows, ci95))
-    assert (warning is not None) == warns
-    if warning:
-        assert "rose by 0.300" in warning
-        assert "code fell by 0.300" in warning

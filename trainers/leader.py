@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from rft.baseline.numbers import Baseline, measure
 from rft.config import RunConfig
+from rft.doctor.alarm import Alarm, warning
 from rft.engines import Engine
 from rft.errors import NumericsError, UserError
-from rft.metrics import Clock, group_metrics, rollout_metrics, shadow_divergence, staleness_metrics, step_line
+from rft.metrics import Clock, group_metrics, rollout_metrics, staleness_metrics, step_line
 from rft.pipeline import Pipeline
 from rft.progress import Display, Phase
 from rft.replay import stored_groups
@@ -29,7 +30,6 @@ T = TypeVar("T")
 
 _JUDGED = "baseline"  # what marks the event about the groups of step 1
 _PROBE_SEQUENCES = 2
-_DIVERGENCE_EVERY = 4  # steps between two looks at grade and shadow grades
 
 
 @dataclass(slots=True)
@@ -39,6 +39,10 @@ class Leader:
     config: RunConfig
     store: RunStore
     display: Display
+    alarm: Alarm = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alarm = Alarm(self.config, self.store)
 
     def begin(self, policy: Policy, first_step: int) -> None:
         """Before the first step: what must be in place, and where the run starts."""
@@ -73,7 +77,7 @@ class Leader:
         """How good the policy is on a split."""
 
     def record(self, step: int, groups: list[Group], update: dict[str, float], clock: Clock) -> None:
-        """The step's row in the metrics, the state, and the line that a person follows."""
+        """The step's row in the metrics, the state, the line that a person follows, and what the doctor warns of."""
         row: dict[str, Any] = {"step": step, "kind": "training", **group_metrics(groups), **update, **clock.metrics()}
         row |= {f"train/{name}": value for name, value in rollout_metrics(groups).items()}
         costs = self.config.training.costs
@@ -82,14 +86,10 @@ class Leader:
         self.store.append_metrics(row)
         self.store.write_state({"status": "running", "step": step, "steps": self.config.training.steps})
         self.display.line(step_line(row, self.config.training.steps))
-        if step % _DIVERGENCE_EVERY == 0:
-            training = [row for row in self.store.metrics() if row.get("kind") == "training"]
-            self._warn(shadow_divergence(training, _DIVERGENCE_EVERY))
-
-    def _warn(self, text: str | None) -> None:
-        if text:
-            self.store.append_event("warn", text)
-            self.display.line(f"warning: {text}")
+        for finding in self.alarm.look(row, groups):
+            data = {"check": finding.check, "severity": finding.severity, "weight": finding.weight, "step": step}
+            self.store.append_event("warn", warning(finding), data)
+            self.display.line(f"warning: {warning(finding)}")
 
 
 @dataclass(slots=True)

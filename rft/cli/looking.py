@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing in them: show, compare, report."""
+"""Commands that look at runs and change nothing in them: show, doctor, compare, report."""
 
 from __future__ import annotations
 
@@ -97,3 +97,21 @@ def report(
 
     store = open_run(run)
     typer.echo(f"written: {write_page(store, out or store.path / 'report.html')}")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart-001")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Say why a run does not learn, fell or is slow: the causes, the worst first, each with evidence and a cure."""
+    from rft.doctor import diagnose
+    from rft.doctor.text import told
+    from rft.show import open_run
+    from rft.tables import new_console
+
+    diagnosis = diagnose(open_run(run))
+    if as_json:
+        typer.echo(diagnosis.model_dump_json())
+    else:
+        new_console().print(told(diagnosis, run))
