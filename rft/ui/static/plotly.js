@@ -6,6 +6,7 @@ import { number } from "./format.js";
 const HEIGHT = 250;
 const NUM_COLOURS = 8;
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const FONT = "system-ui, \"DejaVu Sans\", sans-serif";
 let loading = null;
 
 /** The library, once. Raises Error when it does not come. */
@@ -20,8 +21,15 @@ export function library() {
   return loading;
 }
 
-/** Of a custom property of the page's style. */
-const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+/** A colour of the page's style, as it is now: rgb(...). */
+function style(name) {
+  const probe = document.createElement("span");
+  probe.style.color = `var(${name})`;
+  document.body.append(probe);
+  const { color } = getComputedStyle(probe);
+  probe.remove();
+  return color;
+}
 
 export const colour = (index) => style(`--series-${(index % NUM_COLOURS) + 1}`);
 export const dash = (index) => DASHES[index % DASHES.length];
@@ -86,9 +94,8 @@ function band({ series, colour: rgb }) {
   return [{ type: "scatter", x, y, ...look, hoverinfo: "skip", showlegend: false }];
 }
 
-function faded(hex, opacity) {
-  const value = Number.parseInt(hex.slice(1), 16);
-  return `rgba(${(value >> 16) & 255},${(value >> 8) & 255},${value & 255},${opacity})`;
+function faded(rgb, opacity) {
+  return rgb.replace(/^rgb\((.*)\)$/, (_, parts) => `rgba(${parts},${opacity})`);
 }
 
 function layout(height) {
@@ -97,10 +104,10 @@ function layout(height) {
   return {
     ...{ height, margin: { l: 44, r: 12, t: 8, b: 34 }, uirevision: "keep", showlegend: false, hovermode: "x unified" },
     ...{ paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: isCoarse ? false : "zoom" },
-    font: { family: style("--sans"), size: 11, color: style("--quiet") },
+    font: { family: FONT, size: 11, color: style("--quiet") },
     xaxis: { ...grid, title: { text: "step", standoff: 6 }, tickformat: ",d", showgrid: false, nticks: 8 },
     yaxis: { ...grid, nticks: 6, rangemode: "tozero", fixedrange: true },
-    hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--line"), font: { color: style("--text"), family: style("--sans"), size: 12 } },
+    hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--line"), font: { color: style("--text"), family: FONT, size: 12 } },
   };
 }
 

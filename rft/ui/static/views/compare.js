@@ -89,7 +89,7 @@ function table(runs, chosen) {
     "table",
     null,
     h("caption", null, `Last values: ${plain(chosen.title)}`),
-    h("thead", null, h("tr", null, h("th", { scope: "col" }, "Run"), h("th", { scope: "col" }, "State"), kinds.map((kind) => h("th", { scope: "col" }, visible(kind.replace("|", ", ").replace(/, $/, "")))))),
+    h("thead", null, h("tr", null, h("th", { scope: "col" }, "Run"), h("th", { scope: "col" }, "State"), kinds.map((kind) => h("th", { scope: "col", class: "num" }, visible(kind.replace("|", ", ").replace(/, $/, "")))))),
     h("tbody", null, runs.map((run) => h("tr", null,
       h("th", { scope: "row" }, h("a", { href: to(["runs", run.id]) }, visible(run.line.name)), sameName(runs, run) ? h("div", { class: "small quiet" }, visible(run.id)) : null),
       h("td", null, badge(run.line.status)), kinds.map((kind) => h("td", { class: "num nowrap" }, last(run, kind)))))),

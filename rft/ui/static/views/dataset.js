@@ -15,7 +15,7 @@ export async function show(main, place, { signal }) {
   const run = h("select", { id: newId("run") }, h("option", { value: "" }, "none: the tools are not looked at"));
   const button = h("button", { type: "submit", class: "primary" }, "Check");
   const status = h("p", { class: "small quiet", role: "status" });
-  const results = h("section", { "aria-label": "Result" });
+  const results = h("section", { "aria-label": "Result", class: "stack" });
   let whole = null; // the text of a file too long to show
 
   function forgetFile() {
@@ -67,14 +67,14 @@ function result(found) {
     h("div", { class: "config-grid" },
       h("section", { class: "card" }, h("h3", null, "Columns"), h("dl", { class: "entries" }, Object.entries(found.columns).map(([name, num]) => [h("dt", null, visible(name)), h("dd", null, count(num, "row"))]))),
       h("section", { class: "card" }, h("h3", null, "Tools"), found.tools.length ? h("ul", { class: "config-list" }, found.tools.map((name) => h("li", null, visible(name)))) : h("p", { class: "quiet" }, "No row names a tool.")),
-      found.example ? h("section", { class: "card wide-card" }, h("h3", null, "Messages of the first good row"), h("pre", { class: "text", tabindex: 0 }, visible(indented(found.example)))) : null),
+      found.example ? h("section", { class: "card" }, h("h3", null, "Messages of the first good row"), h("pre", { class: "text", tabindex: 0 }, visible(indented(found.example)))) : null),
   ];
 }
 
 function problems(found) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Problems" },
     h("table", { class: "cards" },
-      h("thead", null, h("tr", null, ["Line", "Field", "Problem", "Cure"].map((name) => h("th", { scope: "col" }, name)))),
+      h("thead", null, h("tr", null, ["Line", "Field", "Problem", "Cure"].map((name) => h("th", { scope: "col", class: name === "Line" ? "num" : "" }, name)))),
       h("tbody", null, found.map((one) => h("tr", null,
         h("td", { class: "num", "data-label": "Line" }, one.line ?? "–"), h("td", { "data-label": "Field" }, h("code", null, visible(one.field ?? "–"))),
         h("td", { "data-label": "Problem" }, visible(one.problem)), h("td", { "data-label": "Cure" }, visible(one.cure)))))));

@@ -16,7 +16,7 @@ export async function show(main, place, { signal }) {
   const view = await get(runPath(run), { signal });
   setTitle("Try a grader", plain(view.run.name));
   const { json, source } = parts(view.config.grader ?? {});
-  const code = editor({ label: "Python source", value: source ?? "", rows: 18, isJson: false, help: "The grader's `source`, with real line breaks." });
+  const code = editor({ label: "Python source", value: source ?? "", rows: 18, isJson: false, help: "The source of the grader, with real line breaks." });
   const settings = editor({ label: "Grader as JSON", value: json, rows: source === null ? 18 : 8, help: "As hosted RFT takes it. It begins as this run's grader; nothing here changes the run.", onInput: () => renewCode() });
   const renewCode = () => { code.element.hidden = !isPython(settings.parsed()); };
   renewCode();
@@ -27,7 +27,7 @@ export async function show(main, place, { signal }) {
     : h("label", { class: "field inline", for: num.id }, h("span", null, "On the newest rollouts, how many"), num);
   const button = h("button", { type: "submit", class: "primary" }, "Run the grader");
   const status = h("p", { class: "small quiet", role: "status" });
-  const results = h("section", { "aria-label": "Grades" });
+  const results = h("section", { "aria-label": "Grades", class: "stack" });
 
   async function attempt(event) {
     event.preventDefault();
@@ -107,7 +107,7 @@ function table(graded, run) {
       h("td", { class: "num nowrap", "data-label": "Took" }, given ? seconds(given.latency_s) : "–"),
       h("td", { "data-label": "Details" }, problem !== null ? h("pre", { class: "text bad-text small" }, visible(problem)) : null,
         errors.map(([flag, detail]) => h("p", { class: "small bad-text" }, visible(flag), ": ", visible(detail))),
-        given && (given.parts.length || Object.keys(given.shadow).length) ? h("details", null, h("summary", null, "Parts"), gradeTree(given)) : null,
+        given && (given.parts.length || Object.keys(given.shadow).length) ? h("details", null, h("summary", null, given.parts.length ? "Parts" : "Shadow grades"), gradeTree(given)) : null,
         h("div", { class: "small quiet clamp" }, visible(rollout.opening))));
   };
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Old and new grades" },

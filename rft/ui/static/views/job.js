@@ -23,7 +23,7 @@ export async function show(main, place, { signal }) {
     model: choice("Base model", "model"),
     training_file: file("Training file (JSONL)", "training_file", { isNeeded: true }),
     validation_file: file("Validation file (JSONL)", "validation_file"),
-    suffix: line("Suffix of the tuned model's name", "suffix", "optional: letters, digits, `.`, `_`, `-`"),
+    suffix: line("Suffix of the tuned model's name", "suffix", "optional: letters, digits, dot, _ and -"),
     seed: line("Seed", "seed", "optional: a whole number"),
     ...Object.fromEntries(HYPERPARAMETERS.map(([name, label, help]) => [`method.reinforcement.hyperparameters.${name}`, line(label, name, help, "auto")])),
     "method.reinforcement.hyperparameters.reasoning_effort": choice("Reasoning effort", "reasoning_effort", ["default", "low", "medium", "high"]),

@@ -78,5 +78,5 @@ function doing(lines) {
   const first = h("strong", null, visible(lines[0].trim()));
   if (!rest.length) return h("div", { class: "doing", role: "group", "aria-label": "What it does now" }, first);
   return h("details", { class: "doing", role: "group", "aria-label": "What it does now" },
-    h("summary", null, first), h("ul", { class: "lines" }, rest.map((line) => h("li", null, visible(line.trim())))));
+    h("summary", null, first), h("ul", { class: "lines" }, rest.map((line) => h("li", null, visible(line.replace(/^ {2}/, ""))))));
 }

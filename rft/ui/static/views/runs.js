@@ -77,7 +77,7 @@ function matches(run, filter) {
 
 function nothing(state, about) {
   if (state.runs.length) return h("p", { class: "empty" }, "No run matches the filter.");
-  const what = about.mode === "server" ? "Create a job, and it appears here." : "Start one with `rft train CONFIG`, and it appears here.";
+  const what = about.mode === "server" ? "Create a job, and it appears here." : "Start one with “rft train CONFIG”, and it appears here.";
   return h("p", { class: "empty" }, `There is no run yet. ${what}`);
 }
 

@@ -63,7 +63,7 @@ function choiceOf(state, draw) {
 function legend(by) {
   const key = (look, label) => h("span", { class: "token-key" }, h("span", { class: "token", "data-look": look }, " "), label);
   if (by === "mask") return h("p", { class: "small token-legend" }, key("trained", "counts in the loss"), key("given", "does not"));
-  const bounds = [...BOUNDS.map((bound, index) => key(`p${index}`, index ? `to ${bound}` : `above ${bound}`)), key("p5", "below"), key("given", "not sampled")];
+  const bounds = [...BOUNDS.map((bound, index) => key(`p${index}`, index ? `to −${-bound}` : `above −${-bound}`)), key("p5", "below"), key("given", "not sampled")];
   return h("p", { class: "small token-legend" }, bounds);
 }
 

@@ -45,7 +45,7 @@ function headline(trace, run) {
     : h("span", { class: "button small-button off", "aria-disabled": "true" }, label);
   return h("div", { class: "headline" },
     h("h1", null, visible(rollout.item_id), h("span", { class: "quiet" }, ` attempt ${rollout.attempt}`)),
-    h("span", { class: "score", "data-graded": rollout.grade !== null }, rollout.grade === null ? "no grade" : grade(rollout.grade)),
+    h("span", { class: "score", "data-graded": rollout.grade !== null }, rollout.grade === null ? "no grade" : [h("span", { class: "score-label" }, "grade "), grade(rollout.grade)]),
     h("span", { class: "stop", "data-stop": plain(rollout.stop_reason) }, words(plain(rollout.stop_reason))),
     h("span", { class: "grow" }),
     at >= 0 ? h("nav", { class: "actions", "aria-label": "Rollouts of the group" }, step(group[at - 1], "Previous of group"), step(group[at + 1], "Next of group")) : null);
