@@ -363,7 +363,9 @@ def _trace(runs: _Runs, run: str, rollout: Rollout) -> s.Trace:
         seed=rollout.seed,
         error=rollout.error,
         prompt=runs.text(prompt, f"{rollout.id}-prompt"),
-        item=runs.text(json.dumps({"messages": [{"role": "user", "content": "question"}], "answer": "yes"}, indent=1), "i"),
+        item=runs.text(
+            json.dumps({"messages": [{"role": "user", "content": "question"}], "answer": "yes"}, indent=1), "i"
+        ),
         environment=runs.text(json.dumps(rollout.environment), f"{rollout.id}-env") if rollout.environment else None,
         turns=[_turn(runs, rollout, index) for index in range(len(rollout.turns))],
         grade=_grade("grade", rollout.grade) if rollout.grade else None,

@@ -77,12 +77,12 @@ def lively_run(runs: Path, run_id: str, *, name: str, gain: float = 0.08, steps:
     data = write_data(runs / f"{run_id}.jsonl", ITEMS)
     store = RunStore.create(runs, run_id, _config(name, data, steps))
     items = [an_item(index) for index in range(ITEMS)]
-    _step(store, items, "validation", 0, gain)
+    write_step(store, items, "validation", 0, gain)
     for step in range(1, steps + 1):
-        _step(store, items, "train", step, gain)
+        write_step(store, items, "train", step, gain)
         store.write_state({"status": "running", "step": step, "steps": steps})
         if step % EVERY == 0:
-            _step(store, items, "validation", step, gain)
+            write_step(store, items, "validation", step, gain)
             save_checkpoint(store, step)
     store.append_event("info", "python graders run in a sandbox")
     store.append_event("warn", f"a tool answered oddly: {HOSTILE[0]}")
@@ -106,7 +106,7 @@ def _config(name: str, data: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def _step(store: RunStore, items: list[Item], split: Split, step: int, gain: float) -> None:
+def write_step(store: RunStore, items: list[Item], split: Split, step: int, gain: float) -> None:
     groups, clock = [], Clock()
     for index, item in enumerate(items):
         rollouts = [_rollout(store.run_id, item, split, step, index, attempt, gain) for attempt in range(ATTEMPTS)]
