@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 CHECKS = Path(__file__).with_name("ui_page.js").read_text()
 KEY = "sk-page"
+NO_GRADE = "\N{EN DASH}"
 LIVELY_TRACE = rollout_id("lively", "train", 5, "validation-00001", 0)
 HOSTILE_TRACE = rollout_id("lively", "train", 2, "validation-00001", 0)
 PLACES = {
@@ -117,7 +118,7 @@ def go(page: Page, place: str, heading: str | None = None) -> None:
 def column(page: Page, name: str) -> list[str]:
     """The cells of a column of the table of rollouts."""
     table = page.get_by_role("region", name="Rollouts").get_by_role("table")
-    headings = [text.strip(" ↑↓") for text in table.get_by_role("columnheader").all_inner_texts()]
+    headings = [text.strip(" ↑↓\n") for text in table.get_by_role("columnheader").all_inner_texts()]
     at = headings.index(name) + 1
     return [text.strip() for text in table.locator(f"tbody tr td:nth-child({at})").all_inner_texts()]
 
@@ -196,7 +197,7 @@ def test_runs_are_filtered_and_compared(page: Page) -> None:
     expect(page.locator(".plot .scatterlayer")).to_be_visible()
     page.get_by_label("Chart").select_option(index=2)
     expect(page).to_have_url(re.compile("chart="))
-    expect(page.get_by_role("heading", level=3)).to_have_text(options[2])
+    expect(page.get_by_role("heading", level=2)).to_have_text(options[2])
 
 
 def test_charts_have_lines_tables_and_switches(page: Page) -> None:
@@ -258,7 +259,7 @@ def test_rollouts_are_filtered_by_the_server_and_the_address_keeps_it(page: Page
     expect(status).to_contain_text("264 rollouts found")
     page.get_by_label("Ended by").select_option("tool_failed")
     expect(status).to_contain_text("8 rollouts found")
-    assert set(column(page, "Grade")) == {"–"}
+    assert set(column(page, "Grade")) == {NO_GRADE}
     page.get_by_label("Step from").fill("3")
     page.get_by_label("Step to").fill("4")
     expect(status).to_contain_text("2 rollouts found")
@@ -276,20 +277,20 @@ def test_rollouts_are_sorted_and_paged(page: Page) -> None:
     go(page, "runs/lively/rollouts?split=train", "lively")
     status = page.get_by_role("tabpanel").get_by_role("status")
     expect(status).to_contain_text("192 rollouts found. Page 1.")
-    page.get_by_role("button", name="Grade").click()
+    page.get_by_role("columnheader", name="Grade").get_by_role("button").click()
     expect(page.get_by_role("columnheader", name="Grade")).to_have_attribute("aria-sort", "descending")
     expect(page).to_have_url(re.compile("sort=-grade"))
     page.wait_for_load_state("networkidle")
-    first = [float(text) for text in column(page, "Grade") if text != "–"]
+    first = [float(text) for text in column(page, "Grade") if text != NO_GRADE]
     assert first == sorted(first, reverse=True) and len(first) == 100
     page.get_by_role("button", name="Next page").click()
     expect(status).to_contain_text("Page 2.")
-    rest = [float(text) for text in column(page, "Grade") if text != "–"]
+    rest = [float(text) for text in column(page, "Grade") if text != NO_GRADE]
     assert rest == sorted(rest, reverse=True) and rest[0] <= first[-1]
     expect(page.get_by_role("button", name="Next page")).to_be_disabled()
     page.get_by_role("button", name="Previous page").click()
     expect(status).to_contain_text("Page 1.")
-    assert [float(text) for text in column(page, "Grade") if text != "–"] == first
+    assert [float(text) for text in column(page, "Grade") if text != NO_GRADE] == first
 
 
 # --- a trace ---
@@ -329,7 +330,7 @@ def test_tokens_are_read_one_by_one(page: Page) -> None:
     expect(first).to_have_accessible_name(re.compile("Token 0: .* id 100, not sampled, not in the loss"))
     first.focus()
     page.keyboard.press("End")
-    reading = page.get_by_text(re.compile(r"^Token \d+: .*log-probability −?-?\d.*, counts in the loss$"))
+    reading = page.get_by_text(re.compile(r"^Token \d+: .*log-probability -?\d.*, counts in the loss$"))
     expect(reading).to_be_visible()
     page.get_by_label("Loss mask").check()
     expect(page.get_by_text("counts in the loss", exact=True)).to_be_visible()
@@ -340,9 +341,9 @@ def test_tokens_are_read_one_by_one(page: Page) -> None:
 def test_hostile_texts_are_shown_as_texts(page: Page) -> None:
     go(page, f"runs/lively/trace/{HOSTILE_TRACE}", "validation-00001")
     main = page.get_by_role("main")
-    for text in HOSTILE[:3]:
-        expect(main.get_by_text(text.strip(), exact=False).first).to_be_visible()
     shown = main.inner_text()
+    for text in HOSTILE[:3]:
+        assert text in shown
     for code in (r"\x1b[31mred\x1b[2J\x07", r"\x00 null", r"user\u202efdp.exe\u2066", r"\u200bzero"):
         assert code in shown
     assert not re.search("[\x00-\x08\x0b-\x1f\u200b\u202e\u2066]", shown)

@@ -275,26 +275,23 @@ def _charts(rows: list[dict[str, Any]]) -> list[s.Chart]:
     parts = [key.removeprefix("train/") for key in keys if "part/" in key and not key.endswith("_ci95")]
     tools = [key for key in keys if key.startswith("train/tool_num/")]
     phases = {"sampling": "time/sampling_s", "training": "time/training_s", "sync": "time/sync_s"}
-    charts = [
-        ("grade", "Grade", "mean grade", "Higher is better; the band is the 95% interval over items.", "lines")
-        + (both("grade", "grade"),),
-        ("parts", "Grade by part", "mean grade", "What each part of the grader gives.", "lines")
-        + ([one for key in parts for one in both(key.removeprefix("part/"), key)],),
-        ("tools", "Tool calls by tool", "calls", "Calls in a step, by tool.", "lines")
-        + (only({key.rpartition("/")[2]: key for key in tools}),),
-        ("tokens", "Tokens per rollout", "tokens", "Sampled tokens of a rollout.", "lines")
-        + (both("sampled", "sampled_tokens") + both("reasoning", "reasoning_tokens"),),
-        ("duration", "Seconds per rollout", "s", "From the first prompt to the last token.", "lines")
-        + (both("seconds", "duration_s"),),
-        ("phases", "Where a step's time goes", "s", "The phases add up to the step.", "stacked") + (only(phases),),
-        ("groups", "Groups without signal", "groups", "They teach nothing.", "lines")
-        + (only({"no signal": "groups/no_signal", "all": "groups/total"}),),
-        ("entropy", "Entropy", "nats", "A fall to zero is a collapse.", "lines")
-        + (only({"entropy": "update/entropy"}),),
+    called = only({key.rpartition("/")[2]: key for key in tools})
+    given = [one for key in parts for one in both(key.removeprefix("part/"), key)]
+    sampled = both("sampled", "sampled_tokens") + both("reasoning", "reasoning_tokens")
+    counts = only({"no signal": "groups/no_signal", "all": "groups/total"})
+    charts: list[tuple[str, str, str, str, list[s.Series]]] = [
+        ("grade", "Grade", "mean grade", "Higher is better; the band is the 95% interval.", both("grade", "grade")),
+        ("parts", "Grade by part", "mean grade", "What each part of the grader gives.", given),
+        ("tools", "Tool calls by tool", "calls", "Calls in a step, by tool.", called),
+        ("tokens", "Tokens per rollout", "tokens", "Sampled tokens of a rollout.", sampled),
+        ("duration", "Seconds per rollout", "s", "From the first prompt on.", both("seconds", "duration_s")),
+        ("phases", "Where a step's time goes", "s", "The phases add up to the step.", only(phases)),
+        ("groups", "Groups without signal", "groups", "They teach nothing.", counts),
+        ("entropy", "Entropy", "nats", "A fall to zero is a collapse.", only({"entropy": "update/entropy"})),
     ]
     return [
-        s.Chart(id=i, title=t, unit=u, help=h, kind=k, series=found)  # type: ignore[arg-type]
-        for i, t, u, h, k, found in charts
+        s.Chart(id=i, title=t, unit=u, help=h, kind="stacked" if i == "phases" else "lines", series=found)
+        for i, t, u, h, found in charts
         if found
     ]
 

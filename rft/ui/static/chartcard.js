@@ -39,10 +39,10 @@ export function linesOf(chart) {
   });
 }
 
-/** `set(chart, lines)` shows new numbers. */
-export function chartCard({ height } = {}) {
+/** `set(chart, lines)` shows new numbers. `heading`: the tag of its title. */
+export function chartCard({ height, heading = "h3" } = {}) {
   const id = newId("chart");
-  const title = h("h3", { id });
+  const title = h(heading, { id });
   const unit = h("span", { class: "small quiet" });
   const help = h("p", { class: "small quiet", id: `${id}-help` });
   const legend = h("div", { class: "legend", role: "group", "aria-label": "Lines" });

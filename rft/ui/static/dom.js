@@ -40,14 +40,18 @@ function nodes(children) {
     .map((child) => (child instanceof Node ? child : document.createTextNode(String(child))));
 }
 
-/** New children of a parent. What had the focus has it again, where it has a `data-key`. */
+/** New children of a parent. What has a `data-key` keeps the focus, or stays open, across the change. */
 export function swap(parent, ...children) {
   const focused = parent.contains(document.activeElement) ? document.activeElement : null;
   const key = focused?.dataset?.key;
+  const open = [...parent.querySelectorAll("details[open][data-key]")].map((element) => element.dataset.key);
   parent.replaceChildren(...nodes(children));
-  if (key) parent.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+  for (const one of open) keyed(parent, one)?.setAttribute("open", "");
+  if (key) keyed(parent, key)?.focus({ preventScroll: true });
   return parent;
 }
+
+const keyed = (parent, key) => parent.querySelector(`[data-key="${CSS.escape(key)}"]`);
 
 let numIds = 0;
 /** An id that no other element has. */

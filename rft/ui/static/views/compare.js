@@ -15,7 +15,7 @@ export async function show(main, place, { signal }) {
   setTitle("Compare runs");
   const ids = (place.query.runs ?? "").split(",").filter(Boolean);
   const state = { chart: place.query.chart ?? "", runs: [], revisions: new Map(), problems: [] };
-  const card = chartCard({ height: 380 });
+  const card = chartCard({ height: 380, heading: "h2" });
   const watch = watcher(signal);
   const select = h("select", { id: "chart-choice", onchange: () => go(to(["compare"], { runs: ids.join(","), chart: select.value }), { replace: true }) });
   const about = h("div", null);

@@ -6,6 +6,8 @@ import { count, number, percent, words } from "../format.js";
 import { note } from "../messages.js";
 import { to } from "../places.js";
 
+const EVERY_MS = 20_000; // it reads the whole run
+
 export async function show(panel, place, { run, signal }) {
   swap(panel, h("p", { class: "quiet", role: "status" }, "Looking at the run"));
   const renew = async () => {
@@ -13,7 +15,7 @@ export async function show(panel, place, { run, signal }) {
     swap(panel, diagnosis(found, run));
   };
   await renew();
-  return { renew };
+  return { renew, everyMs: EVERY_MS };
 }
 
 function diagnosis(found, run) {

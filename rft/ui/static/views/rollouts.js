@@ -8,6 +8,7 @@ import { go, to } from "../places.js";
 import { filterForm } from "./filters.js";
 
 const LIMIT = 100;
+const EVERY_MS = 3000;
 const COLUMNS = [
   // [field, heading, how it is shown, is it a number]
   ["step", "Step", (row) => number(row.step), true],
@@ -49,8 +50,9 @@ export async function show(panel, place, { run, signal }) {
       const { page: _, ...query } = asked;
       const page = await get(runPath(run, "rollouts"), { query: { limit: LIMIT, ...query }, signal });
       if (asked !== state.query) return;
+      const isSame = isQuiet && JSON.stringify(page) === JSON.stringify(state.page);
       state.page = page;
-      draw();
+      if (!isSame) draw(); // what a user has selected in the text stays selected
       swap(problems);
     } catch (error) {
       if (signal.aborted || asked !== state.query) return;
@@ -102,6 +104,7 @@ export async function show(panel, place, { run, signal }) {
     // Rows that a user reads do not move under him: only the first page follows the run.
     renew: () => (isFirstPage() ? Promise.all([load({ isQuiet: true }), loadChoices()]) : loadChoices()),
     look: () => (state.page && state.page.indexed_share < 1 ? load({ isQuiet: true }) : null),
+    everyMs: EVERY_MS,
     update(next) {
       state.query = { ...next.query };
       form.set(state.query);

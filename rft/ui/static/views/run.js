@@ -17,6 +17,7 @@ const TABS = {
   config: ["Config", () => import("./config.js")],
 };
 const SLOW_MS = 5000;
+const SHARE = 4; // times as long as it took
 
 export async function show(main, place, context) {
   const { signal } = context;
@@ -36,23 +37,50 @@ export async function show(main, place, context) {
   drawHead();
   swap(main, head, problems, tabs, panel);
 
-  const { show: showTab } = await TABS[tab][1]();
   const inside = await showTab(panel, place, { ...context, run, view: () => view });
 
   let last = null;
+  const renew = seldom(inside);
   const look = async () => {
     const { revision, status } = await get(runPath(run, "revision"), { signal });
-    if (last !== null && revision !== last) {
+    const isNew = last !== null && revision !== last;
+    if (isNew) {
       view = await get(runPath(run), { signal });
       drawHead();
-      await inside?.renew?.(revision);
     }
     last = revision;
+    await renew(isNew);
     await inside?.look?.();
     if (!isLive(status)) await pause(SLOW_MS, signal); // it may be resumed
   };
   follow(look, { signal, onLost: setLost });
   return { update: inside?.update };
+}
+
+/** A tab that fails says so in its panel; the headline stays. */
+async function showTab(panel, place, context) {
+  try {
+    const { show: showInside } = await TABS[place.parts[2] ?? "charts"][1]();
+    return await showInside(panel, place, context);
+  } catch (error) {
+    if (!context.signal.aborted) swap(panel, failure(error));
+    return null;
+  }
+}
+
+/** What a tab shows is read again when it is old, but not more often than it says, nor most of the time. */
+function seldom(inside) {
+  let isOld = false;
+  let next = 0;
+  return async (isNew) => {
+    isOld ||= isNew;
+    if (!isOld || !inside?.renew || performance.now() < next) return;
+    isOld = false;
+    const began = performance.now();
+    await inside.renew();
+    const took = performance.now() - began;
+    next = performance.now() + Math.max(inside.everyMs ?? 0, SHARE * took);
+  };
 }
 
 function headline(view, options) {
@@ -77,6 +105,6 @@ function doing(lines) {
   const rest = lines.slice(1);
   const first = h("strong", null, visible(lines[0].trim()));
   if (!rest.length) return h("div", { class: "doing", role: "group", "aria-label": "What it does now" }, first);
-  return h("details", { class: "doing", role: "group", "aria-label": "What it does now" },
+  return h("details", { class: "doing", role: "group", "data-key": "doing", "aria-label": "What it does now" },
     h("summary", null, first), h("ul", { class: "lines" }, rest.map((line) => h("li", null, visible(line.replace(/^ {2}/, ""))))));
 }
