@@ -58,10 +58,18 @@ export function filterForm(query, onChange) {
     fields.step_from.control.placeholder = String(first);
     fields.step_to.control.placeholder = String(last);
   }
-  const element = h("form", { class: "filters", role: "search", "aria-label": "Filter rollouts", onsubmit: (event) => (event.preventDefault(), send()) },
+  const form = h("form", { class: "filters", role: "search", "aria-label": "Filter rollouts", onsubmit: (event) => (event.preventDefault(), send()) },
     Object.entries(fields).map(([name, field]) => h("div", { class: `filter filter-${name.replace("_", "-")}` }, field.label)), clear);
   set(query);
-  return { element, set, offer };
+  return { element: folding(form, FILTERS.some((name) => query[name])), set, offer };
+}
+
+/** On a narrow screen the filters are folded away until they are wanted. */
+function folding(form, isUsed) {
+  const narrow = matchMedia("(max-width: 700px)");
+  const box = h("details", { class: "filters-box", open: isUsed || !narrow.matches }, h("summary", null, "Filters"), form);
+  narrow.addEventListener("change", () => { box.open ||= !narrow.matches; });
+  return box;
 }
 
 function input(label, attributes, name = null) {

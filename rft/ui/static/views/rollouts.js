@@ -12,11 +12,11 @@ const EVERY_MS = 3000;
 const COLUMNS = [
   // [field, heading, how it is shown, is it a number]
   ["step", "Step", (row) => number(row.step), true],
-  ["split", "Split", (row) => row.split, false],
   ["item_id", "Item", (row) => visible(row.item_id), false],
   ["attempt", "Attempt", (row) => number(row.attempt), true],
   ["grade", "Grade", (row) => grade(row.grade), true],
   ["stop_reason", "Ended by", (row) => stop(row), false],
+  ["split", "Split", (row) => row.split, false],
   ["num_turns", "Turns", (row) => number(row.num_turns), true],
   [null, "Tool calls", (row) => tools(row.tools), false],
   ["num_tokens", "Tokens", (row) => number(row.num_tokens), true],

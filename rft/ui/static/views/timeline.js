@@ -36,9 +36,10 @@ function spans(trace) {
 }
 
 function bar(span, end) {
-  const label = `${plain(span.name)}: ${seconds(span.took)}, begins at ${seconds(span.start)}`;
+  const isFailed = span.kind === "failed";
+  const label = `${plain(span.name)}${isFailed ? ", failed" : ""}: ${seconds(span.took)}, begins at ${seconds(span.start)}`;
   const look = { left: `${(span.start / end) * 100}%`, width: `${Math.max(0.4, (span.took / end) * 100)}%` };
-  const inside = [h("span", { class: "gantt-name" }, visible(span.name)), h("span", { class: "gantt-track" }, h("span", { class: "gantt-bar", "data-kind": span.kind, style: look })), h("span", { class: "gantt-time num" }, seconds(span.took))];
+  const inside = [h("span", { class: "gantt-name" }, visible(span.name), isFailed ? " (failed)" : ""), h("span", { class: "gantt-track" }, h("span", { class: "gantt-bar", "data-kind": span.kind, style: look })), h("span", { class: "gantt-time num" }, seconds(span.took))];
   if (!span.target) return h("div", { class: "gantt-row" }, inside);
   const lead = () => {
     const target = document.getElementById(span.target);
