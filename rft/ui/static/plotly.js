@@ -105,7 +105,7 @@ function layout(height) {
     ...{ height, margin: { l: 44, r: 12, t: 8, b: 34 }, uirevision: "keep", showlegend: false, hovermode: "x unified" },
     ...{ paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: isCoarse ? false : "zoom" },
     font: { family: FONT, size: 11, color: style("--quiet") },
-    xaxis: { ...grid, title: { text: "step", standoff: 6, font: { size: 11 } }, tickformat: ",d", showgrid: false, nticks: 8 },
+    xaxis: { ...grid, title: { text: "step", standoff: 6, font: { size: 11 } }, tickformat: ",d", unifiedhovertitle: { text: "step %{x}" }, showgrid: false, nticks: 8 },
     yaxis: { ...grid, nticks: 6, rangemode: "tozero", fixedrange: true },
     hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--line"), font: { color: style("--text"), family: FONT, size: 12 } },
   };
