@@ -26,7 +26,7 @@ if find_spec("playwright") is None:
 if (CHROMIUM := shutil.which("chromium")) is None:
     pytest.skip("there is no chromium on this machine", allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 pytestmark = pytest.mark.slow
 
@@ -144,8 +144,8 @@ def test_every_text_can_be_read(browser: Browser, site: str, scheme: Any) -> Non
         for place, heading in PLACES.values():
             go(page, place, heading)
             page.wait_for_load_state("networkidle")
-            for summary in page.locator("main summary").all():
-                summary.click()
+            page.evaluate("document.querySelectorAll('main details').forEach((one) => { one.open = true })")
+            page.wait_for_load_state("networkidle")
             assert page.evaluate(f"{CHECKS}.faint()") == [], place
 
 
@@ -358,14 +358,39 @@ def test_a_long_text_comes_in_pieces(page: Page) -> None:
     go(page, f"runs/lively/trace/{HOSTILE_TRACE}", "validation-00001")
     result = page.get_by_role("group", name="Call of lookup")
     more = result.get_by_role("button", name=re.compile("Show more of the result"))
-    expect(more).to_have_text("Show more of the result (58,500 characters left)")
+    expect(more).to_have_text("Show more of the result (43,500 characters left)")
     assert result.inner_text().count("word") < 500
-    for left in ("40,000", "20,000"):
+    for left in ("25,000", "5,000"):
         more.click()
         expect(more).to_have_text(f"Show more of the result ({left} characters left)")
     more.click()
     expect(more).to_have_count(0)
     assert result.inner_text().count("word") == ui_runs.LONG.count("word")
+
+
+def test_a_text_of_megabytes_is_not_loaded_before_it_is_wanted(page: Page) -> None:
+    sizes: list[int] = []
+    page.on("response", lambda answer: sizes.append(len(answer.body())) if "/rollouts/" in answer.url else None)
+    go(page, f"runs/lively/trace/{HOSTILE_TRACE}", "validation-00001")
+    call = page.get_by_role("group", name="Call of search<img")
+    more = call.get_by_role("button", name=re.compile("Show more of the result"))
+    expect(more).to_contain_text(re.compile(r"4,998,\d{3} characters left"))
+    more.click()
+    expect(more).to_contain_text(re.compile(r"4,980,\d{3} characters left"))
+    assert sizes and max(sizes) < 500_000
+
+
+def test_a_table_that_is_not_complete_says_so(page: Page) -> None:
+    def half(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "indexed_share": 0.349})
+
+    page.route(re.compile(r"/rollouts\?"), half)
+    go(page, "runs/lively/rollouts", "lively")
+    status = page.get_by_role("tabpanel").get_by_role("status")
+    expect(status).to_contain_text("Still looking through old rollouts: 34%.")
+    page.unroute(re.compile(r"/rollouts\?"))
+    expect(status).not_to_contain_text("Still looking")
 
 
 # --- by keyboard ---

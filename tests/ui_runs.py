@@ -35,7 +35,8 @@ HOSTILE = (
     "user\u202efdp.exe\u2066 isolate \u200bzero width",
 )
 ANSWER = "The code is I27.2, pulmonary hypertension."
-LONG = "word " * 12_000  # 60,000 characters: more than one answer carries
+LONG = "word " * 9_000  # 45,000 characters: more than two answers carry
+HUGE = "data " * 1_000_000  # 5 MB
 GRADER = {
     "type": "multi",
     "name": "both",
@@ -199,7 +200,7 @@ def _hostile(rollout: Rollout) -> Rollout:
     """Everything that a model, a tool or a grader writes is hostile; one text is long."""
     call = ToolCall(id="fc_h", call_id="call_h", name=f"search{HOSTILE[1]}", arguments=json.dumps({"q": HOSTILE[0]}))
     bad = ToolCall(id="fc_m", call_id="call_m", name="lookup", arguments=HOSTILE[2], error=f"no JSON: {HOSTILE[4]}")
-    results = [ToolResult(call_id="call_h", output="\n".join(HOSTILE), latency_s=0.4, is_error=True)]
+    results = [ToolResult(call_id="call_h", output="\n".join(HOSTILE) + HUGE, latency_s=0.4, is_error=True)]
     results.append(ToolResult(call_id="call_m", output=LONG, latency_s=0.0))
     first = rollout.turns[0]
     message = Message(role="assistant", content=HOSTILE[1], reasoning=HOSTILE[4], tool_calls=[call, bad])

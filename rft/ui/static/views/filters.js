@@ -22,29 +22,37 @@ export function filterForm(query, onChange) {
   };
   let timer = null;
   let values = { ...query };
+  const unsent = new Set(); // what the user is still typing; the address does not overwrite it
   const send = () => {
     clearTimeout(timer);
+    unsent.clear();
     const found = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.control.value.trim()]));
     const changed = Object.fromEntries(Object.entries(found).filter(([name, value]) => value !== (values[name] ?? "")));
     if (!Object.keys(changed).length) return;
     values = { ...values, ...changed };
     onChange(changed);
   };
-  for (const { control } of Object.values(fields)) {
+  const typed = (name) => {
+    unsent.add(name);
+    clearTimeout(timer);
+    timer = setTimeout(send, DELAY_MS);
+  };
+  for (const [name, { control }] of Object.entries(fields)) {
     control.addEventListener("change", send);
-    control.addEventListener("input", () => (clearTimeout(timer), (timer = setTimeout(send, DELAY_MS))));
+    control.addEventListener("input", () => typed(name));
   }
   const clear = h("button", { type: "button", class: "plain", onclick: () => clearAll() }, "Clear filters");
   function clearAll() {
+    clearTimeout(timer);
+    unsent.clear();
     set({});
-    values = { ...values };
     onChange(Object.fromEntries(FILTERS.map((name) => [name, ""])));
   }
   function set(next) {
     values = { ...next };
     for (const [name, { control }] of Object.entries(fields)) {
       const value = next[name] ?? "";
-      if (control === document.activeElement && control.value.trim() === value) continue;
+      if (unsent.has(name) || control.value.trim() === value) continue;
       if (control instanceof HTMLSelectElement) offerValue(control, value);
       control.value = value;
     }

@@ -26,7 +26,8 @@ const COLUMNS = [
 ];
 
 export async function show(panel, place, { run, signal }) {
-  const state = { query: { ...place.query }, page: null, before: [], chosen: new Set(), isBusy: false };
+  // `wanted` runs ahead of `query` until the address has changed.
+  const state = { query: { ...place.query }, wanted: { ...place.query }, page: null, before: [], chosen: new Set(), isBusy: false };
   const table = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rollouts" });
   const status = h("p", { class: "small quiet", role: "status" });
   const problems = h("div", null);
@@ -35,9 +36,9 @@ export async function show(panel, place, { run, signal }) {
 
   const visit = (changes, options) => {
     const isPaging = "after" in changes;
-    const query = { ...state.query, ...(isPaging ? {} : { after: "", page: "" }), ...changes };
+    state.wanted = { ...state.wanted, ...(isPaging ? {} : { after: "", page: "" }), ...changes };
     if (!isPaging) state.before = [];
-    go(to(["runs", run, "rollouts"], query), options);
+    go(to(["runs", run, "rollouts"], state.wanted), options);
   };
   const form = filterForm(state.query, (changes) => visit(changes));
 
@@ -107,6 +108,7 @@ export async function show(panel, place, { run, signal }) {
     everyMs: EVERY_MS,
     update(next) {
       state.query = { ...next.query };
+      state.wanted = state.query;
       form.set(state.query);
       return load();
     },

@@ -37,10 +37,15 @@ export async function show(main, place, context) {
   drawHead();
   swap(main, head, problems, tabs, panel);
 
-  const inside = await showTab(panel, place, { ...context, run, view: () => view });
+  const fill = () => showTab(panel, place, { ...context, run, view: () => view });
+  let inside = await fill();
 
   let last = null;
-  const renew = seldom(inside);
+  const renew = seldom(async () => {
+    if (inside) await inside.renew?.();
+    else inside = await fill(); // it failed before
+    return inside?.everyMs ?? 0;
+  });
   const look = async () => {
     const { revision, status } = await get(runPath(run, "revision"), { signal });
     const isNew = last !== null && revision !== last;
@@ -54,7 +59,7 @@ export async function show(main, place, context) {
     if (!isLive(status)) await pause(SLOW_MS, signal); // it may be resumed
   };
   follow(look, { signal, onLost: setLost });
-  return { update: inside?.update };
+  return { update: (next) => (inside?.update ? inside.update(next) : null) };
 }
 
 /** A tab that fails says so in its panel; the headline stays. */
@@ -68,18 +73,17 @@ async function showTab(panel, place, context) {
   }
 }
 
-/** What a tab shows is read again when it is old, but not more often than it says, nor most of the time. */
-function seldom(inside) {
+/** Calls `renew` after something is new, but not more often than every so many ms as it returns, nor most of the time. */
+function seldom(renew) {
   let isOld = false;
   let next = 0;
   return async (isNew) => {
     isOld ||= isNew;
-    if (!isOld || !inside?.renew || performance.now() < next) return;
+    if (!isOld || performance.now() < next) return;
     isOld = false;
     const began = performance.now();
-    await inside.renew();
-    const took = performance.now() - began;
-    next = performance.now() + Math.max(inside.everyMs ?? 0, SHARE * took);
+    const everyMs = await renew();
+    next = performance.now() + Math.max(everyMs, SHARE * (performance.now() - began));
   };
 }
 
