@@ -35,7 +35,7 @@ HOSTILE = (
     "user\u202efdp.exe\u2066 isolate \u200bzero width",
 )
 ANSWER = "The code is I27.2, pulmonary hypertension."
-LONG = "word " * 9_000  # 45,000 characters: more than two answers carry
+LONG = "w\u00f6rd\U0001f40d " * 7_500  # 45,000 code points: more than two answers carry
 HUGE = "data " * 1_000_000  # 5 MB
 GRADER = {
     "type": "multi",

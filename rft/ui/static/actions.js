@@ -32,6 +32,10 @@ export function actionButtons(run, { onDone, onError, signal }) {
       button.disabled = false;
     };
     const look = action === "cancel" ? "small-button danger-quiet" : "small-button";
-    return h("button", { type: "button", class: look, "aria-label": name, "data-key": `${action}-${run.id}`, onclick: act }, label);
+    return h(
+      "button",
+      { type: "button", class: look, "aria-label": name, "data-key": `${action}-${run.id}`, onclick: act },
+      label,
+    );
   });
 }

@@ -54,7 +54,11 @@ async function request(url, { method = "GET", body, signal } = {}) {
   const options = { method, headers, body: body === undefined || isForm ? body : JSON.stringify(body) };
   let answer;
   try {
-    answer = await fetch(url, { ...options, cache: "no-store", signal: signal ? AbortSignal.any([signal, limit]) : limit });
+    answer = await fetch(url, {
+      ...options,
+      cache: "no-store",
+      signal: signal ? AbortSignal.any([signal, limit]) : limit,
+    });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new ApiError(limit.aborted ? "the server did not answer in time" : "the server does not answer", 0);

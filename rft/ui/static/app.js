@@ -1,5 +1,5 @@
-// The page's frame: which view an address shows, the theme, the key. A view is a module with `show(main, place, context)`;
-// it may return `{update(place)}` to stay while only the query of its address changes.
+// The page's frame: which view an address shows, the theme, the key. A view is a module with
+// `show(main, place, context)`; it may return `{update(place)}` to stay while only the query of its address changes.
 
 import { get, key } from "./api.js";
 import { askedKey } from "./dialogs.js";
@@ -54,16 +54,35 @@ async function showPlace({ isAgain = false } = {}) {
 // --- the frame ---
 
 function markNav(path) {
-  const links = [["", "Runs"], ["dataset", "Check a dataset"]];
+  const links = [
+    ["", "Runs"],
+    ["dataset", "Check a dataset"],
+  ];
   if (about.mode === "server") links.push(["jobs/new", "New job"]);
   const isAt = (target) => (target ? path === target : path === "" || path.startsWith("runs") || path === "compare");
   const nav = document.getElementById("nav");
-  swap(nav, links.map(([target, label]) =>
-    h("a", { href: to(target.split("/").filter(Boolean)), "data-key": `nav-${target}`, "aria-current": isAt(target) ? "page" : null }, label)));
+  swap(
+    nav,
+    links.map(([target, label]) =>
+      h(
+        "a",
+        {
+          href: to(target.split("/").filter(Boolean)),
+          "data-key": `nav-${target}`,
+          "aria-current": isAt(target) ? "page" : null,
+        },
+        label,
+      ),
+    ),
+  );
 }
 
 function themePicker() {
-  const options = [["", "System"], ["light", "Light"], ["dark", "Dark"]];
+  const options = [
+    ["", "System"],
+    ["light", "Light"],
+    ["dark", "Dark"],
+  ];
   const chosen = stored(THEME) ?? "";
   const choose = (event) => {
     const { value } = event.target;
@@ -72,8 +91,16 @@ function themePicker() {
     store(THEME, value);
     window.dispatchEvent(new CustomEvent("rft:theme"));
   };
-  return h("label", { class: "theme" }, h("span", { class: "sr" }, "Theme"),
-    h("select", { name: "theme", onchange: choose }, options.map(([value, label]) => h("option", { value, selected: value === chosen }, label))));
+  return h(
+    "label",
+    { class: "theme" },
+    h("span", { class: "sr" }, "Theme"),
+    h(
+      "select",
+      { name: "theme", onchange: choose },
+      options.map(([value, label]) => h("option", { value, selected: value === chosen }, label)),
+    ),
+  );
 }
 
 function stored(name) {
@@ -94,8 +121,16 @@ function store(name, value) {
 }
 
 function drawTop() {
-  const forget = h("button", { type: "button", class: "plain", "data-key": "forget", onclick: forgetKey }, "Forget key");
-  const give = h("button", { type: "button", class: "plain", "data-key": "give", onclick: () => needKey("") }, "Give key");
+  const forget = h(
+    "button",
+    { type: "button", class: "plain", "data-key": "forget", onclick: forgetKey },
+    "Forget key",
+  );
+  const give = h(
+    "button",
+    { type: "button", class: "plain", "data-key": "give", onclick: () => needKey("") },
+    "Give key",
+  );
   swap(document.getElementById("top-end"), about.needs_key ? (key.get() ? forget : give) : null, themePicker());
 }
 
@@ -127,8 +162,12 @@ async function start() {
   try {
     about = await get("about");
   } catch (error) {
-    swap(main, h("h1", null, "No answer"), failure(error),
-      h("button", { type: "button", onclick: () => location.reload() }, "Try again"));
+    swap(
+      main,
+      h("h1", null, "No answer"),
+      failure(error),
+      h("button", { type: "button", onclick: () => location.reload() }, "Try again"),
+    );
     return;
   }
   drawTop();

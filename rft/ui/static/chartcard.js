@@ -11,9 +11,12 @@ const MAX_ROWS = 500;
 /** Watches which cards can be seen, until `signal` ends. */
 export function watcher(signal) {
   const cards = new Map();
-  const observer = new IntersectionObserver((entries) => {
-    for (const entry of entries) cards.get(entry.target)?.seen(entry.isIntersecting);
-  }, { rootMargin: "200px" });
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) cards.get(entry.target)?.seen(entry.isIntersecting);
+    },
+    { rootMargin: "200px" },
+  );
   const again = () => cards.forEach((card) => card.restyle());
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   window.addEventListener("rft:theme", again, { signal });
@@ -35,7 +38,12 @@ export function linesOf(chart) {
   return chart.series.map((series) => {
     const at = names.length > 1 ? names.indexOf(series.name) : splits.indexOf(series.split);
     const label = splits.length > 1 && series.split ? `${series.name}, ${series.split}` : series.name;
-    return { series, label, colourIndex: at, dashIndex: Math.max(0, ["train", "validation", "test"].indexOf(series.split)) };
+    return {
+      series,
+      label,
+      colourIndex: at,
+      dashIndex: Math.max(0, ["train", "validation", "test"].indexOf(series.split)),
+    };
   });
 }
 
@@ -49,11 +57,24 @@ export function chartCard({ height, heading = "h3" } = {}) {
   const plot = h("div", { class: "plot", role: "img", "aria-labelledby": id, "aria-describedby": `${id}-help` });
   const tableBox = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": id });
   const details = h("details", { class: "as-table" }, h("summary", null, "Show as table"), tableBox);
-  const element = h("figure", { class: "card chart" }, h("figcaption", null, h("div", { class: "chart-title" }, title, unit), help), legend, plot, details);
+  const element = h(
+    "figure",
+    { class: "card chart" },
+    h("figcaption", null, h("div", { class: "chart-title" }, title, unit), help),
+    legend,
+    plot,
+    details,
+  );
   const hidden = new Set();
   let [chart, lines, isSeen, isStale] = [null, [], false, true];
 
-  const styled = () => lines.map((line) => ({ ...line, colour: colour(line.colourIndex), dash: chart.kind === "stacked" ? "solid" : dash(line.dashIndex), hidden: hidden.has(line.label) }));
+  const styled = () =>
+    lines.map((line) => ({
+      ...line,
+      colour: colour(line.colourIndex),
+      dash: chart.kind === "stacked" ? "solid" : dash(line.dashIndex),
+      hidden: hidden.has(line.label),
+    }));
   function renew() {
     isStale = true;
     if (!isSeen || !chart) return;
@@ -67,8 +88,18 @@ export function chartCard({ height, heading = "h3" } = {}) {
         drawLegend();
         renew();
       };
-      return h("button", { type: "button", class: "legend-key", "aria-pressed": !line.hidden, "data-key": `${id}-${line.label}`, onclick: toggle },
-        swatch(line), visible(line.label));
+      return h(
+        "button",
+        {
+          type: "button",
+          class: "legend-key",
+          "aria-pressed": !line.hidden,
+          "data-key": `${id}-${line.label}`,
+          onclick: toggle,
+        },
+        swatch(line),
+        visible(line.label),
+      );
     });
     swap(legend, switches.length > 1 ? switches : []);
   }
@@ -99,8 +130,11 @@ export function chartCard({ height, heading = "h3" } = {}) {
 function swatch(line) {
   const pattern = { solid: "", dash: "6 3", dot: "2 3", dashdot: "6 2 2 2", longdash: "10 3" }[line.dash];
   const look = { stroke: line.colour, "stroke-width": 3, ...(pattern ? { "stroke-dasharray": pattern } : {}) };
-  return h("svg", { width: 20, height: 8, viewBox: "0 0 20 8", "aria-hidden": "true", focusable: "false" },
-    h("line", { x1: 1, y1: 4, x2: 19, y2: 4, style: look }));
+  return h(
+    "svg",
+    { width: 20, height: 8, viewBox: "0 0 20 8", "aria-hidden": "true", focusable: "false" },
+    h("line", { x1: 1, y1: 4, x2: 19, y2: 4, style: look }),
+  );
 }
 
 function table(chart, lines) {
@@ -109,14 +143,41 @@ function table(chart, lines) {
   const cell = ({ series }, index) => {
     if (index === undefined || series.y[index] === null) return "–";
     const [low, high] = [series.low?.[index], series.high?.[index]];
-    return low == null || high == null ? number(series.y[index]) : `${number(series.y[index])} (${number(low)} to ${number(high)})`;
+    return low == null || high == null
+      ? number(series.y[index])
+      : `${number(series.y[index])} (${number(low)} to ${number(high)})`;
   };
   const last = steps.slice(-MAX_ROWS);
   return h(
     "table",
     null,
-    h("caption", { class: "small" }, plain(chart.title), steps.length > last.length ? `, the last ${last.length} of ${steps.length} points` : ""),
-    h("thead", null, h("tr", null, h("th", { scope: "col" }, "step"), lines.map((line) => h("th", { scope: "col" }, visible(line.label))))),
-    h("tbody", null, last.map((step) => h("tr", null, h("th", { scope: "row" }, step), lines.map((line, at) => h("td", { class: "num" }, cell(line, places[at].get(step))))))),
+    h(
+      "caption",
+      { class: "small" },
+      plain(chart.title),
+      steps.length > last.length ? `, the last ${last.length} of ${steps.length} points` : "",
+    ),
+    h(
+      "thead",
+      null,
+      h(
+        "tr",
+        null,
+        h("th", { scope: "col" }, "step"),
+        lines.map((line) => h("th", { scope: "col" }, visible(line.label))),
+      ),
+    ),
+    h(
+      "tbody",
+      null,
+      last.map((step) =>
+        h(
+          "tr",
+          null,
+          h("th", { scope: "row" }, step),
+          lines.map((line, at) => h("td", { class: "num" }, cell(line, places[at].get(step)))),
+        ),
+      ),
+    ),
   );
 }

@@ -3,9 +3,11 @@
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g"]);
 const ATTRIBUTES = new Set(
-  ("id class type name value for title tabindex role lang dir colspan rowspan scope min max step placeholder rows cols " +
-    "wrap spellcheck autocomplete accept maxlength inputmode download method novalidate " +
-    "viewBox d cx cy r x x1 x2 y y1 y2 width height points fill stroke preserveAspectRatio focusable").split(" "),
+  (
+    "id class type name value for title tabindex role lang dir colspan rowspan scope min max step " +
+    "placeholder rows cols wrap spellcheck autocomplete accept maxlength inputmode download method novalidate " +
+    "viewBox d cx cy r x x1 x2 y y1 y2 width height points fill stroke preserveAspectRatio focusable"
+  ).split(" "),
 );
 const PROPERTIES = new Set("disabled checked selected open hidden required readOnly multiple indeterminate".split(" "));
 
@@ -79,7 +81,10 @@ function codes(text) {
 export function plain(text) {
   const given = String(text ?? "");
   if (!HIDDEN.test(given)) return given;
-  return given.split(HIDDEN_RUN).map((part, index) => (index % 2 ? codes(part) : part)).join("");
+  return given
+    .split(HIDDEN_RUN)
+    .map((part, index) => (index % 2 ? codes(part) : part))
+    .join("");
 }
 
 /** The same as an element whose direction stays inside, with the codes marked. */
@@ -88,5 +93,9 @@ export function visible(text) {
   if (!HIDDEN.test(given)) return h("bdi", null, given);
   const parts = given.split(HIDDEN_RUN);
   if (parts.length > MAX_MARKS) return h("bdi", null, plain(given));
-  return h("bdi", null, parts.map((part, index) => (index % 2 ? h("span", { class: "code-point" }, codes(part)) : part)));
+  return h(
+    "bdi",
+    null,
+    parts.map((part, index) => (index % 2 ? h("span", { class: "code-point" }, codes(part)) : part)),
+  );
 }

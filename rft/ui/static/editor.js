@@ -2,8 +2,16 @@
 
 import { h, newId } from "./dom.js";
 
-/** `{element, area, value(), set(text), parsed(), complain(message)}`; `parsed` throws nothing: null where it is no JSON. */
-export function editor({ label, value = "", rows = 14, isJson = true, help = null, placeholder = null, onInput = () => {} }) {
+/** `{element, area, value(), set(text), parsed(), complain(message)}`; `parsed` is null where it is no JSON. */
+export function editor({
+  label,
+  value = "",
+  rows = 14,
+  isJson = true,
+  help = null,
+  placeholder = null,
+  onInput = () => {},
+}) {
   const id = newId("editor");
   const problem = h("p", { class: "problem", id: `${id}-problem`, "aria-live": "polite" });
   const lines = h("pre", { class: "line-numbers", "aria-hidden": "true" });
@@ -12,7 +20,9 @@ export function editor({ label, value = "", rows = 14, isJson = true, help = nul
     ...{ id, rows, wrap: "off", spellcheck: "false", autocomplete: "off", class: "editor-area", placeholder },
     "aria-describedby": described,
     oninput: () => (check(), onInput()),
-    onscroll: () => { lines.scrollTop = area.scrollTop; },
+    onscroll: () => {
+      lines.scrollTop = area.scrollTop;
+    },
   });
   function check() {
     const num = area.value.split("\n").length;

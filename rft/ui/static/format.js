@@ -13,7 +13,8 @@ export function number(value, digits = 3) {
 
 export const grade = (value) => (value === null || value === undefined ? GAP : value.toFixed(3));
 
-export const signed = (value) => (value === null || value === undefined ? GAP : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`);
+export const signed = (value) =>
+  value === null || value === undefined ? GAP : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 
 export function seconds(value) {
   if (value === null || value === undefined) return GAP;

@@ -3,7 +3,7 @@
 import { h, visible } from "./dom.js";
 
 export function failure(error) {
-  const text = error?.status === 404 ? `Not found: ${error.message}` : error?.message ?? String(error);
+  const text = error?.status === 404 ? `Not found: ${error.message}` : (error?.message ?? String(error));
   return h("div", { class: "note bad", role: "alert" }, visible(text));
 }
 

@@ -6,7 +6,7 @@ import { number } from "./format.js";
 const HEIGHT = 250;
 const NUM_COLOURS = 8;
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const FONT = "system-ui, \"DejaVu Sans\", sans-serif";
+const FONT = 'system-ui, "DejaVu Sans", sans-serif';
 let loading = null;
 
 /** The library, once. Raises Error when it does not come. */
@@ -42,7 +42,10 @@ function inert(text) {
 /** `lines`: [{series, label, colour, dash, hidden}] of one chart. */
 export function traces(chart, lines) {
   const shown = lines.filter((line) => !line.hidden);
-  return [...shown.flatMap((line) => (chart.kind === "stacked" ? [] : band(line))), ...shown.map((line) => trace(chart, line))];
+  return [
+    ...shown.flatMap((line) => (chart.kind === "stacked" ? [] : band(line))),
+    ...shown.map((line) => trace(chart, line)),
+  ];
 }
 
 function trace(chart, { series, label, colour: rgb, dash: pattern }) {
@@ -68,9 +71,19 @@ function reading(series, value, index) {
 /** The interval of points that have no neighbour, where a band would have no width. */
 function bars(series, rgb) {
   if (!series.low || !series.high) return { visible: false };
-  const isAlone = (index) => series.low[index] != null && series.low[index - 1] == null && series.low[index + 1] == null;
-  const reach = (to) => series.y.map((value, index) => (value !== null && isAlone(index) ? Math.abs(to[index] - value) : 0));
-  return { type: "data", symmetric: false, array: reach(series.high), arrayminus: reach(series.low), color: rgb, thickness: 1.2, width: 3 };
+  const isAlone = (index) =>
+    series.low[index] != null && series.low[index - 1] == null && series.low[index + 1] == null;
+  const reach = (to) =>
+    series.y.map((value, index) => (value !== null && isAlone(index) ? Math.abs(to[index] - value) : 0));
+  return {
+    type: "data",
+    symmetric: false,
+    array: reach(series.high),
+    arrayminus: reach(series.low),
+    color: rgb,
+    thickness: 1.2,
+    width: 3,
+  };
 }
 
 /** The area between low and high: one closed shape per stretch without gaps. */
@@ -87,7 +100,9 @@ function band({ series, colour: rgb }) {
     }
     stretch = [];
   };
-  series.x.forEach((_, index) => (series.low[index] == null || series.high[index] == null ? close() : stretch.push(index)));
+  series.x.forEach((_, index) =>
+    series.low[index] == null || series.high[index] == null ? close() : stretch.push(index),
+  );
   close();
   if (!x.length) return [];
   const look = { mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(rgb, 0.16) };
@@ -105,9 +120,20 @@ function layout(height) {
     ...{ height, margin: { l: 44, r: 12, t: 8, b: 34 }, uirevision: "keep", showlegend: false, hovermode: "x unified" },
     ...{ paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: isCoarse ? false : "zoom" },
     font: { family: FONT, size: 11, color: style("--quiet") },
-    xaxis: { ...grid, title: { text: "step", standoff: 6, font: { size: 11 } }, tickformat: ",d", unifiedhovertitle: { text: "step %{x}" }, showgrid: false, nticks: 8 },
+    xaxis: {
+      ...grid,
+      title: { text: "step", standoff: 6, font: { size: 11 } },
+      tickformat: ",d",
+      unifiedhovertitle: { text: "step %{x}" },
+      showgrid: false,
+      nticks: 8,
+    },
     yaxis: { ...grid, nticks: 6, rangemode: "tozero", fixedrange: true },
-    hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--line"), font: { color: style("--text"), family: FONT, size: 12 } },
+    hoverlabel: {
+      bgcolor: style("--raised"),
+      bordercolor: style("--line"),
+      font: { color: style("--text"), family: FONT, size: 12 },
+    },
   };
 }
 

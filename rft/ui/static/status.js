@@ -20,8 +20,11 @@ export function progress(run) {
   return h(
     "div",
     { class: "progress-box" },
-    h("div", { ...attributes, "aria-valuemin": 0, "aria-valuemax": run.steps, "aria-valuetext": label },
-      h("div", { class: "progress-done", style: { width: `${done * 100}%` } })),
+    h(
+      "div",
+      { ...attributes, "aria-valuemin": 0, "aria-valuemax": run.steps, "aria-valuetext": label },
+      h("div", { class: "progress-done", style: { width: `${done * 100}%` } }),
+    ),
     h("span", { class: "small" }, label),
   );
 }
@@ -38,16 +41,22 @@ export function sparkline(grades, split) {
   const low = Math.min(...values);
   const high = Math.max(...values);
   const across = (index) => MARGIN + (index / Math.max(1, grades.length - 1)) * (WIDTH - 2 * MARGIN);
-  const up = (value) => (high === low ? HEIGHT / 2 : HEIGHT - MARGIN - ((value - low) / (high - low)) * (HEIGHT - 2 * MARGIN));
-  const path = known.map(([index, value], at) => `${at ? "L" : "M"}${across(index).toFixed(1)} ${up(value).toFixed(1)}`).join(" ");
+  const up = (value) =>
+    high === low ? HEIGHT / 2 : HEIGHT - MARGIN - ((value - low) / (high - low)) * (HEIGHT - 2 * MARGIN);
+  const path = known
+    .map(([index, value], at) => `${at ? "L" : "M"}${across(index).toFixed(1)} ${up(value).toFixed(1)}`)
+    .join(" ");
   const [lastIndex, last] = known[known.length - 1];
   const label = `${split ?? ""} grade from ${grade(values[0])} to ${grade(last)}`.trim();
   return h(
     "span",
     { class: "spark" },
-    h("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, role: "img", "aria-label": label },
+    h(
+      "svg",
+      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, role: "img", "aria-label": label },
       h("path", { d: path, class: "spark-line" }),
-      h("circle", { cx: across(lastIndex).toFixed(1), cy: up(last).toFixed(1), r: 2.6, class: "spark-dot" })),
+      h("circle", { cx: across(lastIndex).toFixed(1), cy: up(last).toFixed(1), r: 2.6, class: "spark-dot" }),
+    ),
     h("span", { class: "spark-value" }, grade(last)),
     split ? h("span", { class: "small quiet" }, split) : null,
   );

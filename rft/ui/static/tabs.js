@@ -7,11 +7,19 @@ export function tabBar(label, tabs, chosen, panel) {
   const links = tabs.map(([name, text, address]) => {
     const isChosen = name === chosen;
     const state = { "aria-selected": isChosen, "aria-controls": panel.id, tabindex: isChosen ? 0 : -1 };
-    return h("a", { role: "tab", id: `tab-${name}`, class: "tab", href: address, "data-key": `tab-${name}`, ...state }, text);
+    return h(
+      "a",
+      { role: "tab", id: `tab-${name}`, class: "tab", href: address, "data-key": `tab-${name}`, ...state },
+      text,
+    );
   });
   panel.setAttribute("role", "tabpanel");
   panel.setAttribute("aria-labelledby", `tab-${chosen}`);
-  return h("div", { role: "tablist", class: "tabs", "aria-label": label, onkeydown: (event) => moved(event, links) }, links);
+  return h(
+    "div",
+    { role: "tablist", class: "tabs", "aria-label": label, onkeydown: (event) => moved(event, links) },
+    links,
+  );
 }
 
 function moved(event, links) {

@@ -25,9 +25,18 @@ function diagnosis(found, run) {
     h("p", { class: "quiet" }, about),
     found.problems.map((text) => note(text, "warn")),
     found.findings.length
-      ? h("ol", { class: "findings" }, found.findings.map((finding, index) => h("li", null, findingCard(finding, index + 1, run))))
+      ? h(
+          "ol",
+          { class: "findings" },
+          found.findings.map((finding, index) => h("li", null, findingCard(finding, index + 1, run))),
+        )
       : h("p", { class: "empty" }, "Nothing found that would spoil this run."),
-    h("details", { class: "small" }, h("summary", null, "Checks that were made"), h("p", null, found.checks.map(words).join(", "))),
+    h(
+      "details",
+      { class: "small" },
+      h("summary", null, "Checks that were made"),
+      h("p", null, found.checks.map(words).join(", ")),
+    ),
   ];
 }
 
@@ -37,14 +46,30 @@ function findingCard(finding, rank, run) {
   return h(
     "article",
     { class: "card finding", "data-severity": finding.severity },
-    h("header", null,
+    h(
+      "header",
+      null,
       h("h3", null, `${rank}. `, visible(finding.title)),
-      h("span", { class: "small quiet" }, h("span", { class: "severity" }, finding.severity), visible(` · ${words(finding.check)}${steps}${share}`))),
+      h(
+        "span",
+        { class: "small quiet" },
+        h("span", { class: "severity" }, finding.severity),
+        visible(` · ${words(finding.check)}${steps}${share}`),
+      ),
+    ),
     h("p", null, visible(finding.evidence)),
     numbers(finding.numbers),
     h("p", { class: "cure" }, h("strong", null, "Cure: "), visible(finding.cure)),
     finding.rollout_ids.length
-      ? h("p", { class: "small" }, "Rollouts: ", finding.rollout_ids.map((id, index) => [index ? ", " : "", h("a", { href: to(["runs", run, "trace", id]) }, visible(short(id)))]))
+      ? h(
+          "p",
+          { class: "small" },
+          "Rollouts: ",
+          finding.rollout_ids.map((id, index) => [
+            index ? ", " : "",
+            h("a", { href: to(["runs", run, "trace", id]) }, visible(short(id))),
+          ]),
+        )
       : null,
   );
 }
@@ -54,5 +79,9 @@ const short = (id) => (id.length > 20 ? `${id.slice(0, 14)}…` : id);
 function numbers(values) {
   const pairs = Object.entries(values);
   if (!pairs.length) return null;
-  return h("dl", { class: "numbers" }, pairs.map(([name, value]) => h("div", null, h("dt", null, visible(words(name))), h("dd", null, number(value)))));
+  return h(
+    "dl",
+    { class: "numbers" },
+    pairs.map(([name, value]) => h("div", null, h("dt", null, visible(words(name))), h("dd", null, number(value)))),
+  );
 }

@@ -3,7 +3,19 @@
 import { h, newId, plain, swap } from "../dom.js";
 import { words } from "../format.js";
 
-export const FILTERS = ["text", "step_from", "step_to", "split", "item", "grade_min", "grade_max", "stop", "tool", "error", "step"];
+export const FILTERS = [
+  "text",
+  "step_from",
+  "step_to",
+  "split",
+  "item",
+  "grade_min",
+  "grade_max",
+  "stop",
+  "tool",
+  "error",
+  "step",
+];
 const DELAY_MS = 350;
 
 /** `onChange({name: value})` with what changed; `set(query)` shows a query, `offer(choices)` what can be chosen. */
@@ -66,17 +78,42 @@ export function filterForm(query, onChange) {
     fields.step_from.control.placeholder = String(first);
     fields.step_to.control.placeholder = String(last);
   }
-  const form = h("form", { class: "filters", role: "search", "aria-label": "Filter rollouts", onsubmit: (event) => (event.preventDefault(), send()) },
-    Object.entries(fields).map(([name, field]) => h("div", { class: `filter filter-${name.replace("_", "-")}` }, field.label)), clear);
+  const form = h(
+    "form",
+    {
+      class: "filters",
+      role: "search",
+      "aria-label": "Filter rollouts",
+      onsubmit: (event) => (event.preventDefault(), send()),
+    },
+    Object.entries(fields).map(([name, field]) =>
+      h("div", { class: `filter filter-${name.replace("_", "-")}` }, field.label),
+    ),
+    clear,
+  );
   set(query);
-  return { element: folding(form, FILTERS.some((name) => query[name])), set, offer };
+  return {
+    element: folding(
+      form,
+      FILTERS.some((name) => query[name]),
+    ),
+    set,
+    offer,
+  };
 }
 
 /** On a narrow screen the filters are folded away until they are wanted. */
 function folding(form, isUsed) {
   const narrow = matchMedia("(max-width: 700px)");
-  const box = h("details", { class: "filters-box", open: isUsed || !narrow.matches }, h("summary", null, "Filters"), form);
-  narrow.addEventListener("change", () => { box.open ||= !narrow.matches; });
+  const box = h(
+    "details",
+    { class: "filters-box", open: isUsed || !narrow.matches },
+    h("summary", null, "Filters"),
+    form,
+  );
+  narrow.addEventListener("change", () => {
+    box.open ||= !narrow.matches;
+  });
   return box;
 }
 
@@ -93,12 +130,18 @@ function choice(label) {
 function options(select, values) {
   const { value } = select;
   const known = [...select.options].slice(1).map((option) => option.value);
-  if (known.join("\n") !== values.join("\n")) swap(select, h("option", { value: "" }, "any"), values.map((one) => h("option", { value: one }, words(plain(one)))));
+  if (known.join("\n") !== values.join("\n"))
+    swap(
+      select,
+      h("option", { value: "" }, "any"),
+      values.map((one) => h("option", { value: one }, words(plain(one)))),
+    );
   offerValue(select, value);
   select.value = value;
 }
 
 /** A value that an address names can be chosen before the choices are known. */
 function offerValue(select, value) {
-  if (value && ![...select.options].some((option) => option.value === value)) select.append(h("option", { value }, words(plain(value))));
+  if (value && ![...select.options].some((option) => option.value === value))
+    select.append(h("option", { value }, words(plain(value))));
 }

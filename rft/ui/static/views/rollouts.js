@@ -27,12 +27,23 @@ const COLUMNS = [
 
 export async function show(panel, place, { run, signal }) {
   // `wanted` runs ahead of `query` until the address has changed.
-  const state = { query: { ...place.query }, wanted: { ...place.query }, page: null, before: [], chosen: new Set(), isBusy: false };
+  const state = {
+    query: { ...place.query },
+    wanted: { ...place.query },
+    page: null,
+    before: [],
+    chosen: new Set(),
+    isBusy: false,
+  };
   const table = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rollouts" });
   const status = h("p", { class: "small quiet", role: "status" });
   const problems = h("div", null);
   const paging = h("div", { class: "bar paging" });
-  const grader = h("button", { type: "button", disabled: true, onclick: () => go(to(["runs", run, "grader"], { rollouts: [...state.chosen].join(",") })) });
+  const grader = h("button", {
+    type: "button",
+    disabled: true,
+    onclick: () => go(to(["runs", run, "grader"], { rollouts: [...state.chosen].join(",") })),
+  });
 
   const visit = (changes, options) => {
     const isPaging = "after" in changes;
@@ -76,21 +87,34 @@ export async function show(panel, place, { run, signal }) {
     const at = Number(state.query.page || 1);
     const share = page.indexed_share < 1 ? ` Still looking through old rollouts: ${percent(page.indexed_share)}.` : "";
     status.textContent = `${count(page.num_matching, "rollout")} found.${page.num_matching > LIMIT ? ` Page ${at}.` : ""}${share}`;
-    swap(table, page.rollouts.length ? rows(page.rollouts, run, state, { visit, drawGrader }) : h("p", { class: "empty" }, "No rollout matches."));
+    swap(
+      table,
+      page.rollouts.length
+        ? rows(page.rollouts, run, state, { visit, drawGrader })
+        : h("p", { class: "empty" }, "No rollout matches."),
+    );
     drawPaging(at);
     drawGrader();
   }
   function drawPaging(at) {
-    const previous = () => (state.before.length ? visit({ after: state.before.pop(), page: at - 1 > 1 ? at - 1 : "" }) : visit({}));
+    const previous = () =>
+      state.before.length ? visit({ after: state.before.pop(), page: at - 1 > 1 ? at - 1 : "" }) : visit({});
     const next = () => {
       state.before.push(state.query.after ?? "");
       visit({ after: state.page.next, page: at + 1 });
     };
     const isFirst = !state.query.after;
-    swap(paging,
-      h("button", { type: "button", disabled: isFirst, "data-key": "previous", onclick: previous }, state.before.length || isFirst ? "Previous page" : "First page"),
+    swap(
+      paging,
+      h(
+        "button",
+        { type: "button", disabled: isFirst, "data-key": "previous", onclick: previous },
+        state.before.length || isFirst ? "Previous page" : "First page",
+      ),
       h("button", { type: "button", disabled: !state.page.next, "data-key": "next", onclick: next }, "Next page"),
-      h("span", { class: "grow" }), grader);
+      h("span", { class: "grow" }),
+      grader,
+    );
   }
   function drawGrader() {
     const num = state.chosen.size;
@@ -120,8 +144,21 @@ function rows(rollouts, run, state, options) {
   return h(
     "table",
     { class: "rollouts" },
-    h("thead", null, h("tr", null, h("th", { scope: "col" }, h("span", { class: "sr" }, "Choose")), COLUMNS.map((column) => heading(column, sort, options)))),
-    h("tbody", null, rollouts.map((row) => line(row, run, state, options))),
+    h(
+      "thead",
+      null,
+      h(
+        "tr",
+        null,
+        h("th", { scope: "col" }, h("span", { class: "sr" }, "Choose")),
+        COLUMNS.map((column) => heading(column, sort, options)),
+      ),
+    ),
+    h(
+      "tbody",
+      null,
+      rollouts.map((row) => line(row, run, state, options)),
+    ),
   );
 }
 
@@ -132,8 +169,16 @@ function heading([field, label, , isNumber], sort, { visit }) {
   const next = isBy && !isDescending ? `-${field}` : isBy ? field : isNumber ? `-${field}` : field;
   const order = isBy ? (isDescending ? "descending" : "ascending") : null;
   const arrow = h("span", { "aria-hidden": "true", class: "arrow" }, isBy ? (isDescending ? "↓" : "↑") : "");
-  return h("th", { scope: "col", "aria-sort": order, class: isNumber ? "num" : "" },
-    h("button", { type: "button", class: "heading", "data-key": `sort-${field}`, onclick: () => visit({ sort: next }) }, label, arrow));
+  return h(
+    "th",
+    { scope: "col", "aria-sort": order, class: isNumber ? "num" : "" },
+    h(
+      "button",
+      { type: "button", class: "heading", "data-key": `sort-${field}`, onclick: () => visit({ sort: next }) },
+      label,
+      arrow,
+    ),
+  );
 }
 
 function line(row, run, state, { drawGrader }) {
@@ -143,22 +188,49 @@ function line(row, run, state, { drawGrader }) {
     drawGrader();
   };
   const name = `${plain(row.item_id)}, attempt ${row.attempt}, step ${row.step}`;
-  const box = h("input", { type: "checkbox", name: "chosen", checked: state.chosen.has(row.id), "aria-label": `Choose ${name}`, "data-key": `choose-${row.id}`, onchange: choose });
-  const link = (content) => h("a", { href: to(["runs", run, "trace", row.id]), "data-key": `trace-${row.id}`, "aria-label": `Trace of ${name}` }, content);
-  return h("tr", null, h("td", null, box), COLUMNS.map(([field, , shown, isNumber]) => {
-    const content = shown(row);
-    return h("td", { class: isNumber ? "num" : field ? "nowrap clip" : "" }, field === "item_id" ? link(content) : content);
-  }));
+  const box = h("input", {
+    type: "checkbox",
+    name: "chosen",
+    checked: state.chosen.has(row.id),
+    "aria-label": `Choose ${name}`,
+    "data-key": `choose-${row.id}`,
+    onchange: choose,
+  });
+  const link = (content) =>
+    h(
+      "a",
+      { href: to(["runs", run, "trace", row.id]), "data-key": `trace-${row.id}`, "aria-label": `Trace of ${name}` },
+      content,
+    );
+  return h(
+    "tr",
+    null,
+    h("td", null, box),
+    COLUMNS.map(([field, , shown, isNumber]) => {
+      const content = shown(row);
+      return h(
+        "td",
+        { class: isNumber ? "num" : field ? "nowrap clip" : "" },
+        field === "item_id" ? link(content) : content,
+      );
+    }),
+  );
 }
 
 function stop(row) {
-  return [h("span", { class: "stop", "data-stop": plain(row.stop_reason) }, words(row.stop_reason)), row.error ? h("div", { class: "small warn-text clip-text", title: plain(row.error) }, visible(row.error)) : null];
+  return [
+    h("span", { class: "stop", "data-stop": plain(row.stop_reason) }, words(row.stop_reason)),
+    row.error ? h("div", { class: "small warn-text clip-text", title: plain(row.error) }, visible(row.error)) : null,
+  ];
 }
 
 function tools(calls) {
   const names = Object.entries(calls);
   if (!names.length) return h("span", { class: "quiet" }, "none");
-  return names.map(([name, num], index) => [index ? ", " : "", h("span", { class: "nowrap" }, visible(name), num > 1 ? ` ×${num}` : "")]);
+  return names.map(([name, num], index) => [
+    index ? ", " : "",
+    h("span", { class: "nowrap" }, visible(name), num > 1 ? ` ×${num}` : ""),
+  ]);
 }
 
 function opening(row) {

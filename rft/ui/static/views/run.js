@@ -27,12 +27,20 @@ export async function show(main, place, context) {
   const head = h("div", { class: "run-head" });
   const problems = h("div", { id: "run-problems" });
   const panel = h("section", { id: "tab-panel", class: "panel" });
-  const tabs = tabBar("Parts of the run", Object.entries(TABS).map(([name, [label]]) => [name, label, to(["runs", run, name])]), tab, panel);
+  const tabs = tabBar(
+    "Parts of the run",
+    Object.entries(TABS).map(([name, [label]]) => [name, label, to(["runs", run, name])]),
+    tab,
+    panel,
+  );
   const onError = (error) => swap(problems, failure(error));
   const drawHead = () => {
     const onDone = (line) => ((view = { ...view, run: line }), drawHead());
     swap(head, headline(view, { signal, onDone, onError }));
-    swap(problems, view.problems.map((text) => note(text, "warn")));
+    swap(
+      problems,
+      view.problems.map((text) => note(text, "warn")),
+    );
   };
   drawHead();
   swap(main, head, problems, tabs, panel);
@@ -73,7 +81,7 @@ async function showTab(panel, place, context) {
   }
 }
 
-/** Calls `renew` after something is new, but not more often than every so many ms as it returns, nor most of the time. */
+/** Calls `renew` after something is new: not more often than every so many ms as it returns, nor most of the time. */
 function seldom(renew) {
   let isOld = false;
   let next = 0;
@@ -89,16 +97,42 @@ function seldom(renew) {
 
 function headline(view, options) {
   const { run } = view;
-  const facts = [run.kind, run.name === run.id ? null : run.id, run.job?.id !== run.id ? run.job?.id : null, run.job?.model, run.job?.fine_tuned_model];
+  const facts = [
+    run.kind,
+    run.name === run.id ? null : run.id,
+    run.job?.id !== run.id ? run.job?.id : null,
+    run.job?.model,
+    run.job?.fine_tuned_model,
+  ];
   return [
-    h("nav", { "aria-label": "Where you are", class: "crumbs" }, h("a", { href: "#/", "data-key": "crumb" }, "Runs"), h("span", { "aria-hidden": "true" }, "/"), visible(run.name)),
-    h("div", { class: "headline" },
-      h("h1", null, visible(run.name)), badge(run.status), progress(run),
+    h(
+      "nav",
+      { "aria-label": "Where you are", class: "crumbs" },
+      h("a", { href: "#/", "data-key": "crumb" }, "Runs"),
+      h("span", { "aria-hidden": "true" }, "/"),
+      visible(run.name),
+    ),
+    h(
+      "div",
+      { class: "headline" },
+      h("h1", null, visible(run.name)),
+      badge(run.status),
+      progress(run),
       h("span", { class: "grow" }),
-      h("a", { class: "button small-button", href: to(["runs", run.id, "grader"]), "data-key": "grader" }, "Try a grader"),
-      actionButtons(run, options)),
-    h("p", { class: "small quiet facts" }, facts.filter(Boolean).map((text, index) => [index ? " · " : "", visible(text)]),
-      ` · started ${time(run.started_at)}`, run.updated_at ? ` · changed ${ago(run.updated_at)}` : ""),
+      h(
+        "a",
+        { class: "button small-button", href: to(["runs", run.id, "grader"]), "data-key": "grader" },
+        "Try a grader",
+      ),
+      actionButtons(run, options),
+    ),
+    h(
+      "p",
+      { class: "small quiet facts" },
+      facts.filter(Boolean).map((text, index) => [index ? " · " : "", visible(text)]),
+      ` · started ${time(run.started_at)}`,
+      run.updated_at ? ` · changed ${ago(run.updated_at)}` : "",
+    ),
     run.problem ? note(run.problem, "warn") : null,
     run.job?.error ? note(run.job.error, "bad") : null,
     view.doing.length ? doing(view.doing) : null,
@@ -109,6 +143,14 @@ function doing(lines) {
   const rest = lines.slice(1);
   const first = h("strong", null, visible(lines[0].trim()));
   if (!rest.length) return h("div", { class: "doing", role: "group", "aria-label": "What it does now" }, first);
-  return h("details", { class: "doing", role: "group", "data-key": "doing", "aria-label": "What it does now" },
-    h("summary", null, first), h("ul", { class: "lines" }, rest.map((line) => h("li", null, visible(line.replace(/^ {2}/, ""))))));
+  return h(
+    "details",
+    { class: "doing", role: "group", "data-key": "doing", "aria-label": "What it does now" },
+    h("summary", null, first),
+    h(
+      "ul",
+      { class: "lines" },
+      rest.map((line) => h("li", null, visible(line.replace(/^ {2}/, "")))),
+    ),
+  );
 }

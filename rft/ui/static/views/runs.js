@@ -16,8 +16,23 @@ export async function show(main, place, { signal, about }) {
   const list = h("div", { class: "runs" });
   const problems = h("div", null);
   const summary = h("p", { class: "quiet small", "aria-live": "polite" });
-  const compare = h("button", { type: "button", class: "primary", disabled: true, onclick: () => go(to(["compare"], { runs: [...state.chosen].join(",") })) }, "Compare");
-  const filter = h("input", { type: "search", id: "filter-runs", value: state.filter, placeholder: "name, state, model, kind", autocomplete: "off" });
+  const compare = h(
+    "button",
+    {
+      type: "button",
+      class: "primary",
+      disabled: true,
+      onclick: () => go(to(["compare"], { runs: [...state.chosen].join(",") })),
+    },
+    "Compare",
+  );
+  const filter = h("input", {
+    type: "search",
+    id: "filter-runs",
+    value: state.filter,
+    placeholder: "name, state, model, kind",
+    autocomplete: "off",
+  });
   filter.addEventListener("input", () => {
     state.filter = filter.value;
     history.replaceState(null, "", to([], { filter: state.filter }));
@@ -38,7 +53,13 @@ export async function show(main, place, { signal, about }) {
     const found = state.runs.filter((run) => matches(run, state.filter));
     const live = state.runs.filter((run) => isLive(run.status)).length;
     summary.textContent = `${count(state.runs.length, "run")}, ${live} live${state.filter ? `, ${found.length} shown` : ""}`;
-    const options = { signal, choose, chosen: state.chosen, onError: (error) => swap(problems, failure(error)), onDone: () => renew() };
+    const options = {
+      signal,
+      choose,
+      chosen: state.chosen,
+      onError: (error) => swap(problems, failure(error)),
+      onDone: () => renew(),
+    };
     swap(list, found.length ? table(found, options) : nothing(state, about));
   }
   async function renew() {
@@ -56,7 +77,12 @@ export async function show(main, place, { signal, about }) {
   await renew();
   drawCompare();
   draw();
-  const tools = h("div", { class: "bar" }, h("label", { class: "field inline grow", for: "filter-runs" }, h("span", null, "Filter"), filter), compare);
+  const tools = h(
+    "div",
+    { class: "bar" },
+    h("label", { class: "field inline grow", for: "filter-runs" }, h("span", null, "Filter"), filter),
+    compare,
+  );
   swap(main, h("div", { class: "headline" }, h("h1", null, "Runs"), summary), tools, problems, list);
   follow(renew, { signal, onLost: setLost, waitMs: EVERY_MS });
 }
@@ -77,7 +103,10 @@ function matches(run, filter) {
 
 function nothing(state, about) {
   if (state.runs.length) return h("p", { class: "empty" }, "No run matches the filter.");
-  const what = about.mode === "server" ? "Create a job, and it appears here." : "Start one with “rft train CONFIG”, and it appears here.";
+  const what =
+    about.mode === "server"
+      ? "Create a job, and it appears here."
+      : "Start one with “rft train CONFIG”, and it appears here.";
   return h("p", { class: "empty" }, `There is no run yet. ${what}`);
 }
 
@@ -87,8 +116,20 @@ function table(runs, options) {
     "table",
     { class: "cards" },
     h("caption", { class: "sr" }, "Runs, newest first"),
-    h("thead", null, h("tr", null, headings.map((name) => h("th", { scope: "col" }, name === "Choose" ? h("span", { class: "sr" }, name) : name)))),
-    h("tbody", null, runs.map((run) => row(run, options))),
+    h(
+      "thead",
+      null,
+      h(
+        "tr",
+        null,
+        headings.map((name) => h("th", { scope: "col" }, name === "Choose" ? h("span", { class: "sr" }, name) : name)),
+      ),
+    ),
+    h(
+      "tbody",
+      null,
+      runs.map((run) => row(run, options)),
+    ),
   );
 }
 
@@ -99,18 +140,36 @@ function row(run, { choose, chosen, ...options }) {
     onchange: (event) => choose(run, event.target.checked),
   });
   const link = h("a", { href: to(["runs", run.id]), class: "strong", "data-key": `run-${run.id}` }, visible(run.name));
-  const about = [run.kind === "training" ? null : run.kind, run.name === run.id ? null : run.id, run.job?.id !== run.id ? run.job?.id : null, run.job?.model];
+  const about = [
+    run.kind === "training" ? null : run.kind,
+    run.name === run.id ? null : run.id,
+    run.job?.id !== run.id ? run.job?.id : null,
+    run.job?.model,
+  ];
   const problem = run.job?.error ?? run.problem;
   return h(
     "tr",
     null,
     h("td", { class: "choose" }, box),
-    h("th", { scope: "row" }, link, h("div", { class: "small quiet" }, about.filter(Boolean).map((text, index) => [index ? " · " : "", visible(text)])),
-      problem ? h("div", { class: "small warn-text clamp" }, visible(problem)) : null),
+    h(
+      "th",
+      { scope: "row" },
+      link,
+      h(
+        "div",
+        { class: "small quiet" },
+        about.filter(Boolean).map((text, index) => [index ? " · " : "", visible(text)]),
+      ),
+      problem ? h("div", { class: "small warn-text clamp" }, visible(problem)) : null,
+    ),
     h("td", { "data-label": "State" }, badge(run.status)),
     h("td", { "data-label": "Progress" }, progress(run)),
     h("td", { "data-label": "Grade" }, sparkline(run.grades, run.split)),
-    h("td", { "data-label": "Changed", class: "small nowrap", title: time(run.updated_at ?? run.started_at) }, ago(run.updated_at ?? run.started_at)),
+    h(
+      "td",
+      { "data-label": "Changed", class: "small nowrap", title: time(run.updated_at ?? run.started_at) },
+      ago(run.updated_at ?? run.started_at),
+    ),
     h("td", { class: "row-actions" }, actionButtons(run, options)),
   );
 }
