@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,11 +14,15 @@ from urllib.parse import urlsplit
 
 import pytest
 import ui_runs
+from job_server import Queue, a_config
+from job_server import row as a_row
 from run_folders import an_item
-from serving import served
+from serving import served, serving
 from ui_fixture import build_fixture
 from ui_runs import HOSTILE, a_folder_of_runs, lively_run, write_step
 
+from rft.server.serve import create_key
+from rft.server.services import Services
 from rft.store import RunStore
 from rft.types import rollout_id
 
@@ -32,7 +37,6 @@ pytestmark = pytest.mark.slow
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 CHECKS = Path(__file__).with_name("ui_page.js").read_text().strip().removesuffix(";")
-KEY = "sk-page"
 NO_GRADE = "\N{EN DASH}"
 LIVELY_TRACE = rollout_id("lively", "train", 5, "validation-00001", 0)
 HOSTILE_TRACE = rollout_id("lively", "train", 2, "validation-00001", 0)
@@ -468,69 +472,84 @@ def test_a_dataset_is_checked(page: Page, tmp_path: Path) -> None:
     expect(page.get_by_text(re.compile("^No problem found in 1 row"))).to_be_visible()
 
 
+@contextmanager
+def server_of_jobs(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """The address of `rft serve` with keys, and a key. Its worker starts nothing."""
+    if find_spec("rft.ui.app") is None:
+        (tmp_path / "runs").mkdir()
+        with served(build_fixture(tmp_path / "runs", plotly=_plotly(), key="sk-page", mode="server")) as address:
+            yield address, "sk-page"
+        return
+
+    def prepare(services: Services) -> None:
+        services.worker = Queue(services)
+
+    config = a_config(tmp_path)
+    with serving(config, has_auth=True, prepare=prepare) as url:
+        yield url.removesuffix("/v1"), create_key(config)
+
+
 def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(browser: Browser, tmp_path: Path) -> None:
-    a_folder_of_runs(tmp_path / "runs")
-    app = build_fixture(tmp_path / "runs", plotly=_plotly(), key=KEY)
-    with served(app) as address, opened(browser, address, may_fail="401") as page:
+    with server_of_jobs(tmp_path) as (address, key), opened(browser, address, may_fail="401") as page:
         page.goto("/ui/")
         dialog = page.get_by_role("dialog", name="Key needed")
         dialog.get_by_label("API key").fill("wrong")
         page.keyboard.press("Enter")
         expect(dialog.get_by_role("alert")).to_contain_text("Incorrect API key")
-        dialog.get_by_label("API key").fill(KEY)
+        dialog.get_by_label("API key").fill(key)
         page.keyboard.press("Enter")
-        expect(page.get_by_role("link", name="lively", exact=True)).to_be_visible()
+        expect(page.get_by_text("There is no run yet.")).to_be_visible()
         assert page.evaluate("[Object.values(localStorage), document.cookie]") == [[], ""]
         page.reload()
-        expect(page.get_by_role("link", name="lively", exact=True)).to_be_visible()
+        expect(page.get_by_text("There is no run yet.")).to_be_visible()
         page.get_by_role("button", name="Forget key").click()
         expect(page.get_by_role("dialog", name="Key needed")).to_be_visible()
         assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_job_is_created_and_refusals_stand_at_their_field(browser: Browser, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
+def test_a_job_is_created_and_cancelled_and_refusals_stand_at_their_field(browser: Browser, tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
-    rows.write_text('{"messages": [{"role": "user", "content": "hello"}], "answer": "x"}\n')
-    app = build_fixture(tmp_path / "runs", plotly=_plotly(), mode="server")
-    with served(app) as address, opened(browser, address, may_fail="400") as page:
+    rows.write_text("".join(json.dumps(a_row(number)) + "\n" for number in range(12)))
+    with server_of_jobs(tmp_path) as (address, key), opened(browser, address, may_fail="40[01]") as page:
         page.goto("/ui/")
+        page.get_by_label("API key").fill(key)
+        page.keyboard.press("Enter")
         page.get_by_role("link", name="New job").click()
-        expect(page.get_by_label("Base model")).to_have_value("smollm2-135m")
+        expect(page.get_by_label("Base model")).to_have_value("m")
         page.get_by_role("button", name="Create the job").click()
         expect(page.get_by_text("Choose a file.")).to_be_visible()
         page.get_by_label("Training file").set_input_files(rows)
-        page.get_by_label("Compute multiplier").fill("much")
-        page.get_by_role("button", name="Create the job").click()
         field = page.get_by_label("Compute multiplier")
+        field.fill("much")
+        page.get_by_role("button", name="Create the job").click()
         expect(field).to_have_accessible_description(re.compile("must be 'auto' or a number"))
         expect(field).to_be_focused()
+        assert page.evaluate(f"{CHECKS}.problems()") == []
         field.fill("2")
         page.get_by_role("button", name="Create the job").click()
         expect(page.get_by_role("heading", level=1)).to_have_text("Runs")
-        (job,) = app.state.jobs
-        assert job["training_file"] == "file-1"
-        assert job["method"]["reinforcement"]["hyperparameters"] == {
-            "compute_multiplier": 2,
-            "reasoning_effort": "default",
-        }
+        job = page.get_by_role("row").filter(has_text="ftjob-")
+        expect(job.get_by_text("queued", exact=True)).to_be_visible()
+        job.get_by_role("button", name="Cancel").click()
+        page.get_by_role("dialog", name="Cancel this run?").get_by_role("button", name="Cancel the run").click()
+        expect(job.get_by_text("cancelled", exact=True)).to_be_visible()
+        expect(job.get_by_role("button")).to_have_count(0)
 
 
-def test_actions_ask_before_they_act(browser: Browser, tmp_path: Path) -> None:
+def test_a_run_is_paused_after_a_question(browser: Browser, tmp_path: Path) -> None:
     lively_run(tmp_path / "runs", "going", name="going", steps=2).path.joinpath("DONE").unlink()
     store = RunStore.open(tmp_path / "runs/going")
     store.lock()
     store.write_state({"status": "running", "step": 2, "steps": 5})
-    app = build_fixture(tmp_path / "runs", plotly=_plotly())
-    with served(app) as address, opened(browser, address) as page:
+    with served(application(tmp_path / "runs")) as address, opened(browser, address) as page:
         go(page, "runs/going", "going")
         page.get_by_role("button", name="Pause going").click()
         dialog = page.get_by_role("dialog", name="Pause this run?")
         dialog.get_by_role("button", name="Keep as it is").click()
         expect(dialog).to_be_hidden()
-        expect(page.get_by_text("running", exact=True)).to_be_visible()
+        assert not store.is_pause_asked
         page.get_by_role("button", name="Pause going").click()
         dialog.get_by_role("button", name="Pause the run").click()
-        expect(page.get_by_text("paused", exact=True)).to_be_visible()
-        expect(page.get_by_role("button", name="Resume going")).to_be_visible()
+        expect(page.get_by_role("button", name="Pause going")).to_have_count(0)
+        assert store.is_pause_asked
     store.close()

@@ -66,7 +66,7 @@ def build_fixture(
     _add_reading(app, runs)
     _add_acting(app, runs)
     if mode == "server":
-        _add_jobs(app)
+        _add_jobs(app, runs)
     return app
 
 
@@ -167,7 +167,9 @@ def _add_acting(app: FastAPI, runs: _Runs) -> None:
 
     @app.post("/ui/api/runs/{run}/{action}")
     def act(run: str, action: str) -> s.Done:
-        runs.status[run] = {"pause": "paused", "resume": "running", "cancel": "cancelled"}[action]
+        if action == "pause":
+            runs.store(run).ask_to_pause()
+        runs.jobs[run] = {"pause": "paused", "cancel": "cancelled", "resume": "queued"}[action]
         return s.Done(run=runs.line(run))
 
 
@@ -175,13 +177,10 @@ def _problem(line: int, field: str | None, problem: str, cure: str) -> s.Dataset
     return s.DatasetProblem(line=line, field=field, problem=problem, cure=cure)
 
 
-def _add_jobs(app: FastAPI) -> None:
-    jobs: list[dict[str, Any]] = []
-    app.state.jobs = jobs
-
+def _add_jobs(app: FastAPI, runs: _Runs) -> None:
     @app.get("/v1/models")
     def models() -> Any:
-        return {"object": "list", "data": [{"id": "smollm2-135m"}, {"id": "ft:smollm2-135m:org::abc"}]}
+        return {"object": "list", "data": [{"id": "m"}]}
 
     @app.post("/v1/files")
     async def upload(request: Request) -> Any:
@@ -196,7 +195,7 @@ def _add_jobs(app: FastAPI) -> None:
         if not isinstance(section["hyperparameters"].get("compute_multiplier", 1), int | float):
             param = "method.reinforcement.hyperparameters.compute_multiplier"
             return _refused(400, f"{param}: must be 'auto' or a number above 0 to 10.", param)
-        jobs.append(body)
+        runs.jobs["ftjob-9"] = "queued"
         return {"id": "ftjob-9", "status": "queued"}
 
 
@@ -204,11 +203,11 @@ class _Runs:
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.texts: dict[str, str] = {}
-        self.status: dict[str, str] = {}
+        self.jobs: dict[str, str] = {}  # id -> status
         self._cache: dict[str, tuple[str, list[Rollout]]] = {}
 
     def ids(self) -> list[str]:
-        return sorted(path.parent.name for path in self.folder.glob("*/config.json"))
+        return sorted(path.parent.name for path in self.folder.glob("*/config.json")) + list(self.jobs)
 
     def store(self, run: str) -> RunStore:
         return RunStore.open(self.folder / run)
@@ -216,7 +215,7 @@ class _Runs:
     def revision(self, run: str) -> str:
         paths = [path for path in (self.folder / run).rglob("*.json*") if path.is_file()]
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-        return hashlib.sha256(repr((facts, self.status.get(run))).encode()).hexdigest()[:12]
+        return hashlib.sha256(repr((facts, self.jobs.get(run))).encode()).hexdigest()[:12]
 
     def rollouts(self, run: str) -> list[Rollout]:
         revision = self.revision(run)
@@ -225,9 +224,14 @@ class _Runs:
         return self._cache[run][1]
 
     def line(self, run: str) -> s.RunLine:
+        if run in self.jobs and not (self.folder / run).exists():
+            state = self.jobs[run]
+            job = s.JobLine(id=run, status=state, model="m", created_at=time.time())
+            able: list[s.Action] = ["pause", "cancel"] if state == "queued" else []
+            return s.RunLine(id=run, name=run, kind="training", status=state, job=job, actions=able)
         store, state = self.store(run), self.store(run).read_state()
         rows = [row for row in store.metrics() if row.get("kind") == "training"]
-        current = self.status.get(run, status(store))
+        current = status(store)
         return s.RunLine(
             id=run,
             name=str(store.config().get("name", run)),
@@ -239,7 +243,7 @@ class _Runs:
             updated_at=time.time() - 30,
             split="train" if rows else None,
             grades=[row.get("train/grade") for row in rows][-60:],
-            actions=["pause", "cancel"] if current == "running" else ["resume"] if current == "paused" else [],
+            actions=["pause"] if current == "running" and not store.is_pause_asked else [],
         )
 
     def text(self, text: str, ref: str) -> s.Text:

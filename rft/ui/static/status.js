@@ -3,7 +3,7 @@
 import { h, plain } from "./dom.js";
 import { grade, words } from "./format.js";
 
-const LIVE = new Set(["queued", "starting", "running", "paused", "pausing", "cancelling"]);
+const LIVE = new Set(["validating_files", "queued", "starting", "running", "paused"]);
 
 /** True while more may come. */
 export const isLive = (status) => LIVE.has(status);
