@@ -211,6 +211,7 @@ def test_sides_without_a_common_item_are_compared_unpaired(tmp_path: Path) -> No
     change = line(found, "grade").changes[0]
     assert (change.mean, change.is_paired) == (0.75, False)
     assert "unpaired" in page(found)
+    assert "tuned against base on test, 0 items in common" in shown(found)
 
 
 def test_items_that_only_share_an_id_are_not_paired(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def tables(comparison: Comparison, *, is_boxed: bool) -> Iterator[RenderableType
 
 def headline(comparison: Comparison) -> str:
     """What is compared, in one line."""
-    sizes = {f"{side.num_items} items" for side in comparison.sides}
-    num_items = sizes.pop() if len(sizes) == 1 else "different items"
+    sizes = {side.num_items for side in comparison.sides}
+    num_shared = min(pairing.num_shared for pairing in comparison.pairings)
+    num_items = f"{num_shared} items" if sizes == {num_shared} else f"{num_shared} items in common"
     first, *others = [side.label for side in comparison.sides]
     return f"{', '.join(others)} against {first} on {comparison.split}, {num_items}"
 
