@@ -22,7 +22,8 @@ _CURES = {
     " (rollout.max_tokens_per_turn), or set training.staleness=1 to sample beside training",
     "training": "raise training.max_tokens_per_micro_batch, set training.gradient_checkpointing=false if memory"
     " allows, or train on more devices (accelerate launch)",
-    "sync": "set training.sync=adapter, or transfer where all weights are trained",
+    "sync": "on GPUs set training.sync=adapter, or transfer where all weights are trained; on CPU use a smaller model"
+    " or more rollouts per step",
 }
 
 
