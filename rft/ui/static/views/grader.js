@@ -159,7 +159,7 @@ function table(graded, run) {
         "th",
         { scope: "row" },
         h("a", { href: to(["runs", run, "trace", rollout.id]) }, visible(rollout.item_id)),
-        h("div", { class: "small quiet" }, `step ${rollout.step}, attempt ${rollout.attempt}`),
+        h("div", { class: "small quiet nowrap" }, `step ${rollout.step}, attempt ${rollout.attempt}`),
       ),
       h("td", { class: "num", "data-label": "Old" }, grade(before)),
       h("td", { class: "num strong", "data-label": "New" }, grade(after)),

@@ -76,7 +76,9 @@ async function showTab(panel, place, context) {
     const { show: showInside } = await TABS[place.parts[2] ?? "charts"][1]();
     return await showInside(panel, place, context);
   } catch (error) {
-    if (!context.signal.aborted) swap(panel, failure(error));
+    const isMissing = error.status === 404; // a job that waits has nothing to show yet
+    if (!context.signal.aborted)
+      swap(panel, isMissing ? h("p", { class: "empty" }, visible(error.message)) : failure(error));
     return null;
   }
 }
