@@ -70,19 +70,9 @@ async def regrade(
 
 def items_of(store: RunStore) -> dict[str, Item]:
     """The rows of the run's data files by item id, as the run read them. Raises DataError when one is gone."""
-    config = store.config()
-    files = [_data_file(store, config, path) for path in config.get("data", {}).values() if path]
+    paths = [path for path in store.config().get("data", {}).values() if path]
+    files = [next((place for place in store.places(path) if place.exists()), Path(path)) for path in paths]
     return {item.id: item for file in files for item in load_items(file, None)}
-
-
-def _data_file(store: RunStore, config: dict[str, Any], path: str) -> Path:
-    """Where a path of the run's config leads from where the run was started, else from here."""
-    parts, runs = Path(config.get("runs_dir", "")).parts, store.path.resolve().parent.parts
-    if parts and runs[-len(parts) :] == parts:
-        found = Path(*runs[: -len(parts)]) / path
-        if found.exists():
-            return found
-    return Path(path)
 
 
 def item_of(rollout: Rollout, items: dict[str, Item]) -> Item:

@@ -26,6 +26,7 @@ from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
 _UNFINISHED = ("starting", "running")
+_MAX_PARENTS = 3  # between a run and the folder it was started in
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -239,6 +240,12 @@ class RunStore:
         """True when the metrics hold the evaluation of a split at a step."""
         found = (row for row in self.metrics() if row.get("kind") == "evaluation")
         return any(row["split"] == split and row["step"] == step for row in found)
+
+    def places(self, path: str) -> Iterator[Path]:
+        """Where a path of the config may lead: from a folder above the run, where it was started; else from here."""
+        if not Path(path).is_absolute():
+            yield from (parent / path for parent in self.path.resolve().parents[:_MAX_PARENTS])
+        yield Path(path)
 
     def events(self) -> Iterator[dict[str, Any]]:
         return rows(self._events_path)

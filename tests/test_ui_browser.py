@@ -18,13 +18,13 @@ from job_server import Queue, a_config
 from job_server import row as a_row
 from run_folders import an_item
 from serving import served, serving
-from ui_fixture import build_fixture
 from ui_runs import HOSTILE, a_folder_of_runs, lively_run, write_step
 
 from rft.server.serve import create_key
 from rft.server.services import Services
 from rft.store import RunStore
 from rft.types import rollout_id
+from rft.ui.app import build_ui
 
 if find_spec("playwright") is None:
     pytest.skip("the package playwright is not installed", allow_module_level=True)
@@ -55,20 +55,6 @@ PLACES = {
 }
 
 
-def _plotly() -> Path | None:
-    found = find_spec("plotly")
-    return Path(found.origin).parent / "package_data/plotly.min.js" if found and found.origin else None
-
-
-def application(runs: Path) -> Any:
-    """The page's application; until it exists, its stand-in."""
-    if find_spec("rft.ui.app") is None:
-        return build_fixture(runs, plotly=_plotly())
-    from rft.ui.app import build_ui
-
-    return build_ui(runs)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -79,7 +65,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(application(a_folder_of_runs(tmp_path_factory.mktemp("site") / "runs"))) as address:
+    with served(build_ui(a_folder_of_runs(tmp_path_factory.mktemp("site") / "runs"))) as address:
         yield address
 
 
@@ -231,7 +217,7 @@ def test_a_run_is_followed_while_it_is_written(browser: Browser, tmp_path: Path)
     store = RunStore.open(tmp_path / "runs/growing")
     store.lock()
     store.write_state({"status": "running", "step": 3, "steps": 5})
-    with served(application(tmp_path / "runs")) as address, opened(browser, address) as page:
+    with served(build_ui(tmp_path / "runs")) as address, opened(browser, address) as page:
         go(page, "runs/growing", "growing")
         progress = page.get_by_role("progressbar")
         expect(progress).to_have_attribute("aria-valuetext", "step 3 of 5")
@@ -475,11 +461,6 @@ def test_a_dataset_is_checked(page: Page, tmp_path: Path) -> None:
 @contextmanager
 def server_of_jobs(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """The address of `rft serve` with keys, and a key. Its worker starts nothing."""
-    if find_spec("rft.ui.app") is None:
-        (tmp_path / "runs").mkdir()
-        with served(build_fixture(tmp_path / "runs", plotly=_plotly(), key="sk-page", mode="server")) as address:
-            yield address, "sk-page"
-        return
 
     def prepare(services: Services) -> None:
         services.worker = Queue(services)
@@ -541,7 +522,7 @@ def test_a_run_is_paused_after_a_question(browser: Browser, tmp_path: Path) -> N
     store = RunStore.open(tmp_path / "runs/going")
     store.lock()
     store.write_state({"status": "running", "step": 2, "steps": 5})
-    with served(application(tmp_path / "runs")) as address, opened(browser, address) as page:
+    with served(build_ui(tmp_path / "runs")) as address, opened(browser, address) as page:
         go(page, "runs/going", "going")
         page.get_by_role("button", name="Pause going").click()
         dialog = page.get_by_role("dialog", name="Pause this run?")

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-import rft.doctor
 from rft import __version__
-from rft.doctor.finding import Diagnosis
+from rft.doctor import diagnose
 from rft.files import replace
 from rft.html import figure, render
 from rft.redaction import without_any_secret
@@ -47,7 +46,7 @@ def page(store: RunStore) -> str:
         facts=_facts(config),
         splits=report["splits"],
         figures=[figure(element) for element in panels(training, evaluations)],
-        diagnosis=_diagnosis(store),
+        diagnosis=diagnose(store),
         examples=examples(store),
         prompt_of=lambda rollout: prompt_of(rollout, config),
         max_turns=_MAX_TURNS,
@@ -69,11 +68,6 @@ def _unread(store: RunStore, report: dict[str, Any]) -> list[str]:
     compared = report["splits"].values()
     steps = sorted({one[key] for one in compared for key in ("before_step", "after_step")})
     return [problem for step in steps for problem in salvaged(store, step).problems]
-
-
-def _diagnosis(store: RunStore) -> Diagnosis | None:
-    diagnose = getattr(rft.doctor, "diagnose", None)  # TODO: a plain import as soon as rft.doctor has it
-    return diagnose(store) if diagnose is not None else None
 
 
 def _lead(report: dict[str, Any]) -> str:

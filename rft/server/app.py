@@ -32,7 +32,7 @@ from rft.server.page import mount_page
 from rft.server.requests import Limits, RequestIds
 from rft.server.services import Services, caller
 from rft.server.settings import ServerConfig
-from rft.ui.app import guard
+from rft.ui.app import guard, unmount
 
 logger = logging.getLogger("rft.server")
 
@@ -59,6 +59,7 @@ def build_app(config: ServerConfig, *, has_auth: bool = True) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with Services.started(config, has_auth=has_auth) as app.state.services:
             yield
+        unmount(app)
 
     app = FastAPI(
         title="rft", version=rft.__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -25,6 +27,7 @@ from rft.ui.refusals import Refusal
 from rft.ui.routes import READING, actions, tries
 from rft.ui.runs import Page
 from rft.ui.security import LoopbackOnly, OwnPagesOnly, SecurityHeaders, refusal
+from rft.ui.views import Views
 
 logger = logging.getLogger("rft.ui")
 ROUTERS: tuple[APIRouter, ...] = (*READING, actions.router, tries.router)
@@ -32,13 +35,21 @@ _ABOUT = "/ui/api/about"
 
 
 def mount(app: FastAPI, page: Page, judging: Judging, static: Path = STATIC) -> None:
-    """The page in an application. All but `about` and the files asks `page.runs_of` first, which refuses strangers."""
-    app.state.page, app.state.playground = page, Playground(judging)
+    """The page in an application. All but `about` and the files asks `page.runs_of` first, which refuses strangers.
+
+    The application's end is to call `unmount`.
+    """
+    app.state.page, app.state.playground, app.state.views = page, Playground(judging), Views()
     for router in ROUTERS:
         app.include_router(router, prefix="/ui/api", dependencies=[Depends(_known)], include_in_schema=False)
     mount_assets(app, static)
     app.add_exception_handler(Missing, _user_error)  # type: ignore[arg-type]
     app.add_exception_handler(Refusal, _user_error)  # type: ignore[arg-type]
+
+
+def unmount(app: FastAPI) -> None:
+    """Let the threads end that look through rollouts."""
+    app.state.views.close()
 
 
 def guard(app: FastAPI, *, needs_key: bool) -> None:
@@ -54,7 +65,9 @@ def build_ui(path: Path, *, static: Path = STATIC) -> FastAPI:
     if not path.is_dir():
         raise UserError("there is no such folder", where=str(path), cure="give a folder of runs, e.g. runs/")
     found = FolderRuns(path)
-    app = FastAPI(title="rft ui", version=rft.__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="rft ui", version=rft.__version__, lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
     mount(app, Page("folder", needs_key=False, runs_of=lambda request: found), FolderJudging(), static)
     app.add_exception_handler(RequestValidationError, _invalid_request)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
@@ -62,6 +75,12 @@ def build_ui(path: Path, *, static: Path = STATIC) -> FastAPI:
     app.add_exception_handler(RftError, _rft_error)  # type: ignore[arg-type]
     guard(app, needs_key=False)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    unmount(app)
 
 
 def _known(request: Request) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rft.store import RunStore
+
 _MAX_BYTES = 512 << 20  # of a file that are looked through
 _BLOCK = 1 << 20
-_MAX_PARENTS = 3
 
 
-def find_row(run: Path, config: dict[str, Any], item_id: str) -> str | None:
+def find_row(store: RunStore, config: dict[str, Any], item_id: str) -> str | None:
     """The row as the file has it; None where the file is gone, too long or has no such line."""
     stem, _, number = item_id.rpartition("-")
     if not number.isdecimal() or len(number) > 12:
@@ -19,18 +19,10 @@ def find_row(run: Path, config: dict[str, Any], item_id: str) -> str | None:
     data = config.get("data")
     for name in data.values() if isinstance(data, dict) else ():
         if isinstance(name, str) and name and Path(name).stem == stem:
-            for path in places(run, name):
+            for path in store.places(name):
                 if path.is_file():
                     return _line(path, int(number))
     return None
-
-
-def places(run: Path, name: str) -> Iterator[Path]:
-    """Where a path of a run's config may be: as it is, or relative to a folder above the run."""
-    path = Path(name)
-    yield path
-    if not path.is_absolute():
-        yield from (parent / path for parent in run.resolve().parents[:_MAX_PARENTS])
 
 
 def _line(path: Path, number: int) -> str | None:

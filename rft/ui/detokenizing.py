@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rft.errors import UserError
-from rft.ui.data_rows import places
+from rft.store import RunStore
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,13 +29,13 @@ class Tokenizers:
         self._lock = threading.Lock()
         self._loaded: OrderedDict[tuple[Path, int], Tokenizer] = OrderedDict()
 
-    def of_run(self, run: Path, config: dict[str, Any]) -> Tokenizer:
+    def of_run(self, store: RunStore, config: dict[str, Any]) -> Tokenizer:
         """The tokenizer of the run's model. Raises UserError when it cannot be loaded."""
         model = config.get("model")
         name = model.get("path") if isinstance(model, dict) else None
         if not isinstance(name, str) or not name:
             raise UserError("the run's config names no model", where="model.path")
-        files = [place / "tokenizer.json" for place in places(run, name)]
+        files = [place / "tokenizer.json" for place in store.places(name)]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise UserError("there is no tokenizer.json", where=name, cure="bring back the model's folder")

@@ -44,6 +44,11 @@ class MessageRow(msgspec.Struct, gc=False):
     tool_calls: list[CallRow] = []
 
 
+class UsageRow(msgspec.Struct, gc=False):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class TurnRow(msgspec.Struct, gc=False):
     input_ids: msgspec.Raw = _EMPTY
     output_ids: msgspec.Raw = _EMPTY
@@ -57,6 +62,15 @@ class TurnRow(msgspec.Struct, gc=False):
     reasoning_tokens: Int = 0
     started_s: float = 0.0
     sampled_s: float = 0.0
+    usage: UsageRow | None = None  # of a model behind a chat API, which gives no ids
+
+    @property
+    def num_output_tokens(self) -> int:
+        return count(self.output_ids) if self.usage is None else self.usage.completion_tokens
+
+    @property
+    def num_input_tokens(self) -> int:
+        return count(self.input_ids) if self.usage is None else self.usage.prompt_tokens
 
 
 class GradeRow(msgspec.Struct, gc=False):

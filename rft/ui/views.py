@@ -133,7 +133,7 @@ class Views:
     def tokens(self, store: RunStore, rollout_id: str, offset: int, limit: int) -> Tokens:
         """Raises Missing."""
         found, config = self.find(store, rollout_id), _config(store)
-        load = partial(self._tokenizers.of_run, store.path, config)
+        load = partial(self._tokenizers.of_run, store, config)
         return tokens_of(found.row, self._group(store, found), config, load, slice(offset, offset + limit))
 
     def text(self, store: RunStore, rollout_id: str, ref: str, offset: int) -> TextPart:
@@ -143,7 +143,7 @@ class Views:
     def warm(self, store: RunStore) -> None:
         """Load the tokenizer that traces of the run need; where that fails, they say it."""
         with contextlib.suppress(UserError, OSError):
-            self._tokenizers.of_run(store.path, _config(store))
+            self._tokenizers.of_run(store, _config(store))
 
     def _group(self, store: RunStore, found: Found) -> list[RolloutLine]:
         line = found.line
@@ -151,18 +151,13 @@ class Views:
 
     def _sources(self, store: RunStore) -> Sources:
         config = _config(store)
-        load = partial(self._tokenizers.of_run, store.path, config)
-        return Sources(
-            prompt=lambda row: _prompt(row, load), item=lambda row: find_row(store.path, config, row.item_id)
-        )
+        load = partial(self._tokenizers.of_run, store, config)
+        return Sources(prompt=lambda row: _prompt(row, load), item=lambda row: find_row(store, config, row.item_id))
 
 
 def views_of(request: Request) -> Views:
-    """The one of the application that serves the request; made at the first."""
-    state = request.app.state
-    if not hasattr(state, "views"):
-        state.views = Views()
-    found: Views = state.views
+    """The one of the application that serves the request."""
+    found: Views = request.app.state.views
     return found
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any, get_args
 
 from rft.types import Split
-from rft.ui.record import RolloutRow, TurnRow, calls_of, count
+from rft.ui.record import RolloutRow, TurnRow, calls_of
 from rft.ui.schema import MAX_TEXT, RolloutLine
 
 MAX_NAME = 100  # characters of a tool's name
@@ -34,7 +34,7 @@ def entry(place: int, row: RolloutRow) -> tuple[Any, ...]:
         row.stop_reason[:MAX_NAME],
         len(row.turns),
         sum(tools.values()),
-        sum(count(turn.output_ids) for turn in row.turns),
+        sum(turn.num_output_tokens for turn in row.turns),
         sum(turn.reasoning_tokens for turn in row.turns),
         row.started_at,
         row.duration_s,
