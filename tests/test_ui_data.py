@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
-from page_app import page_app
 from run_folders import a_rollout, a_run, an_item
 from serving import served
 from tiny import tiny_tokenizer
@@ -26,6 +25,7 @@ from rft.percentiles import percentile
 from rft.redaction import REDACTED, without_any_secret
 from rft.store import RunStore
 from rft.types import Grade, Group, Message, Rollout, ToolResult
+from rft.ui.app import build_ui
 from rft.ui.columns import Columns
 from rft.ui.detokenizing import texts_of
 from rft.ui.folder import FolderRuns
@@ -59,7 +59,7 @@ class Reader:
 
 @contextmanager
 def page(runs: Path) -> Iterator[Reader]:
-    with served(page_app(runs)) as address:
+    with served(build_ui(runs)) as address:
         yield Reader(address)
 
 
@@ -243,7 +243,7 @@ def test_a_run_without_metrics_has_no_charts(tmp_path: Path) -> None:
     RunStore.create(tmp_path, "run", {})
     with page(tmp_path) as reader:
         assert reader.get("/runs/run/charts")["charts"] == []
-        assert reader.answer("/runs/run/charts", points=1)[0] == 422
+        assert reader.answer("/runs/run/charts", points=1)[0] == 400
 
 
 def test_thinning_keeps_peaks_and_gaps() -> None:
@@ -308,8 +308,8 @@ def test_the_table_over_http(tmp_path: Path) -> None:
         assert [line.grade for line in rest.rollouts] == [0.5, 0.5] and rest.next is None
         assert Choices.model_validate(reader.get("/runs/ftjob-1/choices")).tools == ["search"]
         assert reader.get(path, step="", grade_min="", split="", tool="", text="")["num_matching"] == 42
-        assert reader.answer(path, sort="nothing")[0] == 422
-        assert reader.answer(path, limit=10_000)[0] == 422
+        assert reader.answer(path, sort="nothing")[0] == 400
+        assert reader.answer(path, limit=10_000)[0] == 400
         assert reader.answer(path, after="nothing")[0] == 400
 
 
@@ -366,7 +366,7 @@ def test_texts_of_megabytes_come_in_parts(tmp_path: Path) -> None:
             quote("../../etc", safe=""),
         ):
             assert reader.answer(f"{path}/texts/{ref}")[0] == 404
-        assert reader.answer(f"{path}/texts/0.content", offset=-1)[0] == 422
+        assert reader.answer(f"{path}/texts/0.content", offset=-1)[0] == 400
 
 
 def test_rollouts_that_are_not_there(tmp_path: Path) -> None:
