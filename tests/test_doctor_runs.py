@@ -15,6 +15,8 @@ from rft.errors import ToolsDownError
 from rft.job import run_job
 from rft.store import RunStore
 
+pytestmark = pytest.mark.slow  # real trainings of tiny models
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -37,7 +39,6 @@ def warned_of(store: RunStore) -> list[str]:
     return [event["data"]["check"] for event in store.events() if event["level"] == "warn" and event["data"]]
 
 
-@pytest.mark.slow
 def test_a_tool_that_fails_for_some_rollouts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FlakyServer(0.2) as server:
         store = trained(tool_tree(tmp_path, model, server.base_url))
@@ -51,7 +52,6 @@ def test_a_tool_that_fails_for_some_rollouts(model: Path, tmp_path: Path, capsys
     assert "warning: the tool look fails" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_tool_that_dies_and_ends_the_run(model: Path, tmp_path: Path) -> None:
     with FlakyServer(0.0) as server, pytest.MonkeyPatch.context() as patch:
         from rft.trainers.leader import Leader
@@ -78,7 +78,7 @@ def test_a_grader_that_does_not_look(tmp_path: Path) -> None:
     assert finding.check == CAUSES["constant_grader"]
     assert "the grade 0.5" in finding.evidence and "its code returns nothing else" in finding.evidence
     assert [other.check for other in diagnose(store).findings if other.severity == "high"] == ["constant_grader"]
-    assert warned_of(store) == ["constant_grader"]
+    assert warned_of(store) == ["baseline", "constant_grader"]
 
 
 def test_a_learning_rate_100_times_too_high(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_parallel_calls_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not file.is_file() or b"sk-secret" not in file.read_bytes(), f"the key is in {file}"
 
 
+@pytest.mark.slow
 def test_a_failing_server_is_retried_and_a_wrong_key_ends_it(tmp_path: Path) -> None:
     upstream = Upstream(503, 429, {"content": "41"})
     with answering(upstream) as url:
@@ -245,6 +246,7 @@ def test_a_refused_request_costs_its_rollout_and_too_many_end_the_run(tmp_path: 
     assert {rollout.stop_reason for rollout in store.rollouts()} >= {StopReason.ENGINE_FAILED}
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_url(tmp_path: Path) -> None:
     tree = a_remote_config(tmp_path, environment=None).model_dump(mode="json")
     path = tmp_path / "run.yaml"
@@ -256,6 +258,7 @@ def test_the_command_measures_a_url(tmp_path: Path) -> None:
     assert RunStore.open(tmp_path / "runs/sums-eval-001").config()["rollout"]["temperature"] == 1
 
 
+@pytest.mark.slow
 def test_a_missing_key_and_half_a_place_are_user_errors(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(a_tree(tmp_path)))
@@ -333,6 +336,7 @@ def test_a_strict_training_ends_before_its_first_update_and_can_go_on(tmp_path: 
     assert not any("groups have signal" in event["message"] for event in list(store.events())[num_told:])
 
 
+@pytest.mark.slow
 def test_a_resumed_and_a_replayed_training_judge_nothing(tmp_path: Path) -> None:
     first = RunStore.open(run_job(a_config(tmp_path, training=SMALL), run_id="first"))
     more = a_config(tmp_path, training=SMALL | {"steps": 2})

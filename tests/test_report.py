@@ -261,7 +261,7 @@ def test_the_doctors_findings_are_told(store: RunStore, monkeypatch: pytest.Monk
         rollout_ids=["trace_1"], cure="start the server",
     )  # fmt: skip
     found = Diagnosis(run_id="run", findings=[finding], num_steps=3, checks=["dead_tool"])
-    monkeypatch.setattr("rft.doctor.diagnose", lambda store: found, raising=False)
+    monkeypatch.setattr("rft.report.page.diagnose", lambda store: found)
     html = page(store)
     text = " ".join(text_of(html).split())
     assert dangers(html) == []

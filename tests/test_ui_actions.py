@@ -26,6 +26,8 @@ from rft.ui.app import build_ui
 from rft.ui.playground import MAX_DATASET_BYTES
 from rft.ui.tries.process import TryError, run_apart
 
+pytestmark = pytest.mark.slow  # each try of a grader is a process of its own
+
 RUN = "ftjob-1"
 EXACT = {
     "type": "string_check",
