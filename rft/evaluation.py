@@ -110,7 +110,7 @@ def run_baseline(
         found = baseline_of(job.store, extent.split)
         write_baseline(job.store, found)
         job.store.mark_done()
-        job.display.show(table(found))
+        job.display.show(table(found, is_boxed=job.display.is_terminal))
         job.display.line(f"baseline: {job.store.path / 'baseline.json'} and baseline.png")
 
     ending = _Ending(run_id, resume, finish)

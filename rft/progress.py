@@ -85,6 +85,10 @@ class Display:
         if self.enabled:
             self._console.print(escape(text))
 
+    @property
+    def is_terminal(self) -> bool:
+        return self._console.is_terminal
+
     def show(self, renderable: RenderableType) -> None:
         """Keep a table or another rich object."""
         if self.enabled:

@@ -225,7 +225,7 @@ def test_hostile_names_are_harmless(tmp_path: Path) -> None:
     from rich.console import Console
 
     console = Console(file=(tmp_path / "out.txt").open("w", encoding="utf-8"), force_terminal=False)
-    console.print(table(found))
+    console.print(table(found, is_boxed=True))
     console.file.close()
     assert "\x1b" not in (tmp_path / "out.txt").read_text(encoding="utf-8")
     assert draw(found).startswith(b"\x89PNG")

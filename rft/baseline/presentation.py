@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from rft.baseline.numbers import Baseline, Spread
+from rft.figures import COLOURS, finish, new_figure, png
 from rft.plain import plain
 from rft.store import RunStore
+from rft.tables import cell, new_table
 
-_MEAN, _BEST = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by colour-blind readers
 _MAX_NAMED = 40  # items whose names still fit below the axis
 
 
@@ -22,21 +19,19 @@ def write_baseline(store: RunStore, baseline: Baseline) -> None:
     store.write_report("baseline.png", draw(baseline))
 
 
-def table(baseline: Baseline) -> RenderableType:
+def table(baseline: Baseline, *, is_boxed: bool) -> RenderableType:
     """The numbers, then the verdict with its cure."""
     title = f"{baseline.label}, {baseline.split}: {baseline.num_items} items, {baseline.num_rollouts} rollouts"
-    rows = Table(title=Text(plain(title)), show_header=False)
-    rows.add_column()
-    rows.add_column(justify="right")
+    rows = new_table("measure", "", left=["measure"], is_boxed=is_boxed)
     for name, value in _rows(baseline):
-        rows.add_row(Text(name), Text(value))
+        rows.add_row(cell(name), cell(value))
     advice = baseline.advice
-    lines = [Text(f"verdict: {advice.sentence}", style="bold"), Text(f"  next: {advice.cure}")]
+    lines = [cell(f"verdict: {advice.sentence}", style="bold"), cell(f"  next: {advice.cure}")]
     if advice.rollouts_per_item is not None:
         sampling = f"{advice.rollouts_per_item} rollouts per item: training.compute_multiplier="
-        lines.append(Text(f"  recommended: {sampling}{advice.compute_multiplier:g}"))
-    problems = [Text(f"  {plain(problem)}", style="yellow") for problem in baseline.problems]
-    return Group(rows, *lines, *problems)
+        lines.append(cell(f"  recommended: {sampling}{advice.compute_multiplier:g}"))
+    problems = [cell(f"  {problem}", style="yellow") for problem in baseline.problems]
+    return Group(cell(title), rows, *lines, *problems)
 
 
 def _rows(baseline: Baseline) -> list[tuple[str, str]]:
@@ -76,36 +71,20 @@ def _three(spread: Spread) -> str:
 
 def draw(baseline: Baseline) -> bytes:
     """A PNG: the items in order of their mean grade, each with its standard deviation and its best rollout."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     items = sorted(baseline.items, key=lambda item: (item.mean, item.maximum))
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panel = figure.subplots()
+    figure, (panel,) = new_figure(10, 4.8)
     places = range(1, len(items) + 1)
     panel.errorbar(
-        *(places, [item.mean for item in items], [item.deviation for item in items]), fmt="o", color=_MEAN,
+        *(places, [item.mean for item in items], [item.deviation for item in items]), fmt="o", color=COLOURS[0],
         markersize=4, elinewidth=1.2, capsize=2, label="mean ± standard deviation",
     )  # fmt: skip
-    panel.plot(places, [item.maximum for item in items], "D", color=_BEST, markersize=4, fillstyle="none", label="best")
-    advice = baseline.advice
-    panel.set_title(
-        plain(f"{baseline.label}, {baseline.split} split. Verdict: {advice.verdict}"),
-        fontsize=11,
-        loc="left",
-        parse_math=False,
+    panel.plot(
+        places, [item.maximum for item in items], "D", color=COLOURS[1], markersize=4, fillstyle="none", label="best"
     )
-    panel.set_ylabel("grade", fontsize=9)
-    panel.set_xlabel("items, by mean grade", fontsize=9)
+    title = f"{baseline.label}, {baseline.split} split. Verdict: {baseline.advice.verdict}"
+    finish(panel, plain(title), "items, by mean grade", "grade")
     if len(items) <= _MAX_NAMED:
         names = [plain(item.item_id, max_chars=24) for item in items]
         panel.set_xticks(list(places), names, rotation=90, fontsize=6, parse_math=False)
-    panel.tick_params(axis="y", labelsize=8)
     panel.set_ylim(bottom=min(baseline.lowest, panel.get_ylim()[0]), top=max(baseline.highest * 1.05, 0.1))
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8, frameon=False, loc="upper left")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+    return png(figure)

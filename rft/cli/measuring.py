@@ -86,18 +86,18 @@ def baseline(
 
 
 def _of_folder(path: Path, split: Split | None, as_json: bool) -> None:
-    from rich.console import Console
-
     from rft.baseline.numbers import baseline_of
     from rft.baseline.presentation import table, write_baseline
     from rft.show import open_run
+    from rft.tables import new_console
 
     store = open_run(path)
     found = baseline_of(store, split)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        Console(highlight=False, soft_wrap=True).print(table(found))
+        console = new_console()
+        console.print(table(found, is_boxed=console.is_terminal))
     write_baseline(store, found)  # last: a folder that only may be read is still told of
     if not as_json:
         typer.echo(f"baseline: {path / 'baseline.json'} and baseline.png")
