@@ -173,6 +173,10 @@ async function start() {
   drawTop();
   window.addEventListener("hashchange", () => showPlace());
   await showPlace();
+  // the chart library is large: it comes while a person looks at the list
+  window.requestIdleCallback?.(() =>
+    import("./plotly.js").then(({ library }) => library()).catch(() => null),
+  );
 }
 
 start();

@@ -73,6 +73,7 @@ function bars(series, rgb) {
   if (!series.low || !series.high) return { visible: false };
   const isAlone = (index) =>
     series.low[index] != null && series.low[index - 1] == null && series.low[index + 1] == null;
+  if (!series.low.some((_, index) => isAlone(index))) return { visible: false }; // each bar is an element of its own
   const reach = (to) =>
     series.y.map((value, index) => (value !== null && isAlone(index) ? Math.abs(to[index] - value) : 0));
   return {

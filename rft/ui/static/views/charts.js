@@ -3,10 +3,12 @@
 import { get, runPath } from "../api.js";
 import { chartCard, linesOf, watcher } from "../chartcard.js";
 import { h, swap } from "../dom.js";
+import { library } from "../plotly.js";
 
-const POINTS = 1000;
+const POINTS = 600; // a chart is about as many pixels wide
 
 export async function show(panel, place, { run, signal }) {
+  library().catch(() => null); // comes while the numbers come; who draws says it when it does not
   const watch = watcher(signal);
   const cards = new Map(); // by the chart's id
   const grid = h("div", { class: "charts" });
