@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browsing
 import pytest
 import yaml
+from serving import served
 from test_job import a_tree
 
 from rft.export import export
 from rft.store import RunStore
+from rft.ui.app import build_ui
 
 ROOT = Path(__file__).parent.parent
 ONLY_LOOPBACK = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -41,19 +44,26 @@ def without_network(command: list[str]) -> list[str]:
     pytest.skip("needs unshare, ip and the right to make a network namespace")
 
 
-def test_a_step_of_the_quickstart_without_a_network(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a step of the quickstart, made without a network."""
+    runs = tmp_path_factory.mktemp("runs")
     overrides = [
         "training.steps=1",
         "training.items_per_step=3",
         "training.base_rollouts=4",
         "evaluation.validation_items=4",
         "evaluation.test_items=4",
-        f"runs_dir={tmp_path}",
+        f"runs_dir={runs}",
     ]
     command = [sys.executable, "-m", "rft", "train", "configs/quickstart.yaml", *overrides, "--run-id", "short"]
     result = launched(without_network(command), timeout_s=400)
     assert result.returncode == 0, result.stderr[-3000:]
-    store = RunStore.open(tmp_path / "short")
+    return runs / "short"
+
+
+def test_a_step_of_the_quickstart_without_a_network(run: Path, tmp_path: Path) -> None:
+    store = RunStore.open(run)
     assert store.is_done
     (row,) = [row for row in store.metrics() if row["kind"] == "training"]
     assert row["probe/mean"] < 2e-3
@@ -62,10 +72,42 @@ def test_a_step_of_the_quickstart_without_a_network(tmp_path: Path) -> None:
     assert len(rollouts) == 12
     results = [result for rollout in rollouts for turn in rollout.turns for result in turn.results]
     assert all(result.latency_s > 0 for result in results if not result.is_error)
-    report = json.loads((tmp_path / "short" / "report.json").read_text())
-    assert report
-    folder = export(tmp_path / "short", tmp_path / "model")
-    _answers(folder)
+    assert json.loads((run / "report.json").read_text())
+    _answers(export(run, tmp_path / "model"))
+
+
+def test_the_run_is_judged_compared_diagnosed_and_reported(run: Path, tmp_path: Path) -> None:
+    said = {
+        "baseline": [run, "--json"],
+        "compare": [run, "--json"],
+        "doctor": [run, "--json"],
+        "report": [run, "--out", tmp_path / "report.html"],
+        "show": [run, next(RunStore.open(run).rollouts(split="train")).id],
+    }
+    outputs = {}
+    for name, arguments in said.items():
+        result = launched([sys.executable, "-m", "rft", name, *map(str, arguments)], timeout_s=120)
+        assert result.returncode == 0, (name, result.stderr[-3000:])
+        outputs[name] = result.stdout
+    assert json.loads(outputs["baseline"])["num_rollouts"] == 12
+    compared = json.loads(outputs["compare"])
+    assert len(compared["sides"]) == 2
+    assert [finding for finding in json.loads(outputs["doctor"])["findings"] if finding["severity"] == "high"] == []
+    assert "Find the ICD-10-CM code" in outputs["show"]
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.skipif(browsing.missing() is not None, reason=str(browsing.missing()))
+def test_the_page_shows_every_view_of_the_run(run: Path) -> None:
+    rollout = next(RunStore.open(run).rollouts(split="train"))
+    views = ["", *(f"runs/short/{tab}" for tab in ("charts", "rollouts", "doctor", "events", "config"))]
+    views += [f"runs/short/trace/{rollout.id}", "runs/short/grader", "dataset"]
+    with served(build_ui(run.parent)) as address, browsing.chromium() as browser:
+        for viewport in (browsing.WIDE, browsing.NARROW):
+            with browsing.opened(browser, address, viewport=viewport) as page:
+                for view in views:
+                    browsing.go(page, view)
+                    browsing.assert_sound(page)
 
 
 def _answers(folder: Path) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import ui_runs
+from browsing import CHECKS, NARROW, WIDE, assert_sound, chromium, go, missing, opened
 from job_server import Queue, a_config
 from job_server import row as a_row
 from run_folders import an_item
@@ -26,17 +24,13 @@ from rft.store import RunStore
 from rft.types import rollout_id
 from rft.ui.app import build_ui
 
-if find_spec("playwright") is None:
-    pytest.skip("the package playwright is not installed", allow_module_level=True)
-if (CHROMIUM := shutil.which("chromium")) is None:
-    pytest.skip("there is no chromium on this machine", allow_module_level=True)
+if (reason := missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 pytestmark = pytest.mark.slow
 
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-CHECKS = Path(__file__).with_name("ui_page.js").read_text().strip().removesuffix(";")
 NO_GRADE = "\N{EN DASH}"
 LIVELY_TRACE = rollout_id("lively", "train", 5, "validation-00001", 0)
 HOSTILE_TRACE = rollout_id("lively", "train", 2, "validation-00001", 0)
@@ -57,10 +51,8 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,40 +61,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@contextmanager
-def opened(browser: Browser, address: str, *, may_fail: str | None = None, **options: Any) -> Iterator[Page]:
-    """A page that must not complain, ask another origin for anything, or run what it shows.
-
-    may_fail: complaints that match it are meant.
-    """
-    context = browser.new_context(viewport=options.pop("viewport", WIDE), base_url=address, **options)
-    context.set_default_timeout(20_000)
-    page = context.new_page()
-    complaints: list[str] = []
-    origins: set[str] = set()
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: origins.add(urlsplit(request.url).netloc))
-    page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    yield page
-    assert page.evaluate("window.hacked") is None
-    complaints = [text for text in complaints if may_fail is None or not re.search(may_fail, text)]
-    context.close()
-    assert complaints == []
-    assert origins <= {urlsplit(address).netloc}
-
-
 @pytest.fixture
 def page(browser: Browser, site: str) -> Iterator[Page]:
     with opened(browser, site) as page:
         yield page
-
-
-def go(page: Page, place: str, heading: str | None = None) -> None:
-    page.goto(f"/ui/#/{place}")
-    expect(page.get_by_role("heading", level=1)).to_contain_text(heading or "")
 
 
 def column(page: Page, name: str) -> list[str]:
@@ -121,11 +83,7 @@ def column(page: Page, name: str) -> list[str]:
 def test_every_view_fits_and_is_named(browser: Browser, site: str, name: str, viewport: Any) -> None:
     with opened(browser, site, viewport=viewport) as page:
         go(page, *PLACES[name])
-        expect(page.get_by_text("Loading", exact=True)).to_have_count(0)
-        page.wait_for_load_state("networkidle")
-        width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-        assert width[0] <= width[1], "the page scrolls sideways"
-        assert page.evaluate(f"{CHECKS}.problems()") == []
+        assert_sound(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
