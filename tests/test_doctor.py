@@ -438,6 +438,29 @@ def test_a_grade_that_rises_while_its_shadow_falls(
         assert "rose by 0.300" in divergence.told and "code fell by 0.300" in divergence.told
 
 
+@pytest.mark.parametrize(
+    ("last_shadow", "worthless", "severity"),
+    [
+        (0.2, lambda rollout: rollout.attempt == 3, "high"),  # left behind, and half of the winners get nothing from it
+        (0.5, lambda rollout: rollout.attempt == 3, "medium"),
+        (0.2, lambda rollout: rollout.attempt == 3 and rollout.item_id.endswith("1"), "medium"),
+        (0.5, lambda rollout: rollout.attempt == 3 and rollout.item_id.endswith("1"), None),
+    ],
+)
+def test_a_shadow_grader_that_sees_less_than_the_grade(
+    tmp_path: Path, last_shadow: float, worthless: Callable[[Rollout], bool], severity: Severity | None
+) -> None:
+    grade, shadow = rising(0.2, 0.8), rising(0.1, last_shadow)
+
+    def rows(step: int) -> dict[str, Any]:
+        return {"train/grade": grade(step), "train/shadow/code": shadow(step), "train/shadow/code_ci95": 0.01}
+
+    def change(rollout: Rollout) -> Rollout:
+        return graded(rollout, float(rollout.attempt % 2), shadow={"code": 0.0 if worthless(rollout) else 0.7})
+
+    assert found(a_store(tmp_path, rows, change)).get("reward_hacking") == severity
+
+
 def test_training_grades_that_validation_does_not_follow(tmp_path: Path) -> None:
     def run(name: str, last: float) -> RunStore:
         store = a_store(tmp_path / name, lambda step: {"train/grade": 0.1 * step})
