@@ -11,6 +11,7 @@ import asyncio
 import json
 import shlex
 import sys
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 from fakes import LoopbackServer, _write
 from tiny import taught_model_folder, tiny_model_folder
 
+Answer = tuple[int, dict[str, Any]]  # status and body
 PORT = 8901  # of `serve`
 CONSTANT = "def grade(sample, item):\n    return 0.5\n"
 # meant to pay for an answer that holds a code; any code will do
@@ -48,7 +50,7 @@ OVERLAYS: dict[str, list[str]] = {
 class FlakyServer(LoopbackServer):
     """Answers a share of the rollouts with 500, always; the others as `answer` says. `share` may be changed."""
 
-    def __init__(self, share: float, answer: Callable[[dict[str, Any], str], dict[str, Any]] | None = None) -> None:
+    def __init__(self, share: float, answer: Callable[[dict[str, Any], str], Answer] | None = None) -> None:
         super().__init__()
         self.share, self._reply = share, answer or _echo
 
@@ -56,11 +58,11 @@ class FlakyServer(LoopbackServer):
         if zlib.crc32(body["trace_id"].encode()) % 100 < 100 * self.share:
             _write(writer, 500, {"error": "the database is gone"})
             return
-        _write(writer, 200, await asyncio.to_thread(self._reply, body, self.paths[-1]))
+        _write(writer, *await asyncio.to_thread(self._reply, body, self.paths[-1]))
 
 
-def _echo(body: dict[str, Any], path: str) -> dict[str, Any]:
-    return {"output": "nothing", "call_id": body["call_id"]}
+def _echo(body: dict[str, Any], path: str) -> Answer:
+    return 200, {"output": "nothing", "call_id": body["call_id"]}
 
 
 # --- on a tiny model ---
@@ -134,12 +136,14 @@ def _serve(share: float) -> None:
 
     with ToolServer("icd10") as tools:
 
-        def ask(body: dict[str, Any], path: str) -> dict[str, Any]:
+        def ask(body: dict[str, Any], path: str) -> Answer:
             data = json.dumps(body).encode()
             request = urllib.request.Request(tools.base_url + path, data, {"content-type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found: dict[str, Any] = json.load(answer)
-            return found
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as refusal:
+                return refusal.code, json.load(refusal)
 
         server = FlakyServer(share, ask)
         server.port = PORT
