@@ -7,8 +7,18 @@ import { library } from "../plotly.js";
 
 const POINTS = 600; // a chart is about as many pixels wide
 
+let asked = null; // {run, answer}: numbers on their way to a view that is not shown yet
+
+const numbers = (run, signal) => get(runPath(run, "charts"), { query: { points: POINTS }, signal });
+
+/** Ask for what `show` will need first. */
+export function ahead(run, signal) {
+  asked = { run, answer: numbers(run, signal) };
+  asked.answer.catch(() => null); // said by who shows them
+  library().catch(() => null); // as its card says
+}
+
 export async function show(panel, place, { run, signal }) {
-  library().catch(() => null); // comes while the numbers come; who draws says it when it does not
   const watch = watcher(signal);
   const cards = new Map(); // by the chart's id
   const grid = h("div", { class: "charts" });
@@ -16,7 +26,9 @@ export async function show(panel, place, { run, signal }) {
   swap(panel, h("h2", { class: "sr" }, "Charts"), empty, grid);
 
   async function renew() {
-    const { charts } = await get(runPath(run, "charts"), { query: { points: POINTS }, signal });
+    const answer = asked?.run === run ? asked.answer : numbers(run, signal);
+    asked = null;
+    const { charts } = await answer;
     const ids = new Set(charts.map((chart) => chart.id));
     for (const [id, card] of cards) {
       if (!ids.has(id)) {

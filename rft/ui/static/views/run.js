@@ -22,7 +22,10 @@ const SHARE = 4; // times as long as it took
 export async function show(main, place, context) {
   const { signal } = context;
   const [, run, tab = "charts"] = place.parts;
-  TABS[tab][1]().catch(() => null); // its code comes while the run is asked for; `showTab` says when it does not
+  // its code and its first numbers come while the run is asked for; `showTab` says when they do not
+  TABS[tab][1]()
+    .then(({ ahead }) => ahead?.(run, signal))
+    .catch(() => null);
   let view = await get(runPath(run), { signal });
   setTitle(TABS[tab][0], plain(view.run.name));
   const head = h("div", { class: "run-head" });
