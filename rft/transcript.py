@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from rft.plain import plain
+from rft.store import RunStore
 from rft.types import Grade, Rollout, ToolCall, ToolResult, Turn
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def transcript(rollout: Rollout, prompt: str) -> Iterator[str]:
@@ -95,22 +100,29 @@ def _quoted(text: str) -> Iterator[str]:
     yield from (f"    | {line}" for line in plain(text, keep="\n\t").split("\n"))
 
 
-def prompt_of(rollout: Rollout, config: dict[str, Any]) -> str:
-    """The first prompt as text, read with the model's tokenizer; without that, how long it is."""
+def prompt_of(rollout: Rollout, store: RunStore, config: dict[str, Any]) -> str:
+    """The first prompt as text, read with the tokenizer of the config's model; without that, how long it is."""
     if not rollout.turns:
         return "(nothing was sampled)"
     if rollout.turns[0].usage is not None:
         return "(the model was asked with messages over a chat API: the item has them)"
     ids = rollout.turns[0].input_ids
     model = config.get("model")
-    path = Path(str(model.get("path", "")) if isinstance(model, dict) else "") / "tokenizer.json"
+    places = store.places(str(model.get("path", "")) if isinstance(model, dict) else "")
+    files = [place / "tokenizer.json" for place in places]
+    path = next((file for file in files if file.is_file()), files[-1])
     try:
-        from tokenizers import Tokenizer
-
-        text: str = Tokenizer.from_file(str(path)).decode(ids, skip_special_tokens=False)
+        text: str = _tokenizer(path).decode(ids, skip_special_tokens=False)
         return text
     except Exception as error:  # tokenizers raises bare Exceptions; the rest of the rollout is worth showing anyway
         return f"({len(ids)} tokens; {path} cannot be read: {error})"
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
 
 
 def as_text(lines: Iterable[str]) -> Text:

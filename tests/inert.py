@@ -10,7 +10,8 @@ HOSTILE = (
     " \x1b[2J\x1b]0;owned\x07 \u202eright to left"
     "\u2066 \x00 \ud800 end"
 )
-_ACTIVE = {"script", "iframe", "object", "embed", "link", "base", "form", "img", "a", "audio", "video", "foreignobject"}
+# a link is judged by where it leads
+_ACTIVE = {"script", "iframe", "object", "embed", "link", "base", "form", "img", "audio", "video", "foreignobject"}
 _HARMLESS_CONTROLS = "\n\t"
 
 

@@ -359,6 +359,9 @@ def test_three_sides_in_every_form(tmp_path: Path) -> None:
     assert dangers(html) == []
     assert f"rft show {stores[2].path} --rollout {attempt(0, 0, 1.0).id}" in text_of(html)
     assert "better with fewer calls" in html and "prefers-color-scheme: dark" in html
+    links = re.findall(r'<a href="#([^"]+)"', html)
+    assert len(links) == 12, "of 3 items won by each of two sides, one rollout of both"
+    assert all(html.count(f'id="{link}"') == 1 for link in links)
 
 
 def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:

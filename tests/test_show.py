@@ -178,7 +178,7 @@ def test_a_run_that_has_only_begun_can_be_shown(tmp_path: Path) -> None:
 
 def test_a_rollout_is_readable_and_harmless(store: RunStore) -> None:
     rollout = find_rollout(RunStore.open(store.path), "trace_" + "0" * 32)
-    prompt = prompt_of(rollout, store.config())
+    prompt = prompt_of(rollout, store, store.config())
     lines = list(transcript(rollout, prompt))
     text = "\n".join(lines)
     assert "ended by answered after 2 turns, 1 calls, 4 sampled tokens, 1.50 s" in text
@@ -199,7 +199,8 @@ def test_a_rollout_is_readable_and_harmless(store: RunStore) -> None:
 
 def test_a_prompt_without_its_tokenizer_is_counted(store: RunStore) -> None:
     assert re.match(
-        r"\(\d+ tokens; .*nowhere.* cannot be read", prompt_of(a_rollout(0), {"model": {"path": "nowhere"}})
+        r"\(\d+ tokens; .*nowhere.* cannot be read",
+        prompt_of(a_rollout(0), store, {"model": {"path": "nowhere"}}),
     )
 
 

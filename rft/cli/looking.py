@@ -39,7 +39,7 @@ def show(
                 "a finished rollout does not change", where="--live", cure="leave out --live or the rollout"
             )
         found = view.find_rollout(store, wanted)
-        prompt = prompt_of(found, config_and_state(store)[0])
+        prompt = prompt_of(found, store, config_and_state(store)[0])
         if as_json:
             typer.echo(json.dumps({**found.model_dump(), "prompt": prompt}))
         elif console.is_terminal:

@@ -10,11 +10,13 @@ from rft import __version__
 from rft.compare.figure import draw_png, draw_svgs
 from rft.compare.result import Comparison, ItemLine, Outcome, Pairing
 from rft.compare.tables import all_zero, between, headline, number, verdict
+from rft.compare.traces import anchor, traced
 from rft.files import replace, storing
 from rft.html import figure, render
 
 _MAX_ITEMS = 60  # of the wins, the losses and the ties of a pair
 _MAX_IDS = 4  # rollouts named per item and side
+_MAX_TURNS, _MAX_CALLS = 20, 10  # of a trace
 _OUTCOMES: dict[Outcome, str] = {"win": "won", "loss": "lost", "tie": "tied"}
 
 
@@ -38,6 +40,7 @@ def page(comparison: Comparison) -> str:
     """The HTML file."""
     zeros = all_zero(comparison)
     shown = [line for line in comparison.measures if line not in zeros]
+    traces = traced(comparison)
     return render(
         "compare.html",
         title="Comparison",
@@ -48,10 +51,15 @@ def page(comparison: Comparison) -> str:
         sections=[list(lines) for _, lines in groupby(shown, key=lambda line: line.section)],
         zeros=zeros,
         blocks=[
-            {"pairing": pairing, "side": side, "parts": _parts(pairing)}
-            for pairing, side in zip(comparison.pairings, comparison.sides[1:], strict=True)
+            {"pairing": pairing, "place": place, "side": comparison.sides[place], "parts": _parts(pairing)}
+            for place, pairing in enumerate(comparison.pairings, 1)
         ],
         max_ids=_MAX_IDS,
+        traces=traces,
+        traced={one.anchor for one in traces},
+        anchor=anchor,
+        max_turns=_MAX_TURNS,
+        max_calls=_MAX_CALLS,
         number=number,
         between=between,
         verdict=verdict,

@@ -48,7 +48,7 @@ def page(store: RunStore) -> str:
         figures=[figure(element) for element in panels(training, evaluations)],
         diagnosis=diagnose(store),
         examples=examples(store),
-        prompt_of=lambda rollout: prompt_of(rollout, config),
+        prompt_of=lambda rollout: prompt_of(rollout, store, config),
         max_turns=_MAX_TURNS,
         max_calls=_MAX_CALLS,
         costs=_costs(report, training, evaluations),
