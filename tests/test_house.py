@@ -110,3 +110,4 @@ def test_wheel_holds_the_linked_folders(tmp_path: Path) -> None:
     assert {path.as_posix() for path in modules} <= held
     assert not any(name.split("/")[0] in FOLDERS for name in held), "loose top-level packages"
     assert "rft/cli/__init__.py" in held
+    assert {"rft/templates/base.html", "rft/ui/static/index.html", "rft/ui/static/views/charts.js"} <= held
