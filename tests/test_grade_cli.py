@@ -56,6 +56,22 @@ def test_validate_prints_the_grader(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["grader"]["name"].startswith("grader-")
 
 
+def test_the_grader_of_a_config_is_taken_too(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", "grader: " + json.dumps(EXACT))
+    assert json.loads(rft("validate", config).output)["grader"] == EXACT
+    cases = write(tmp_path / "cases.jsonl", json.dumps({"item": {"answer": "x"}, "answer": "x", "score": 1}))
+    assert rft("test", config, cases).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("name: x", "has no grader"), ("grader: " + json.dumps(EXACT | {"operation": "is"}), "grader.operation")],
+)
+def test_a_config_without_a_good_grader_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    error = rft("validate", write(tmp_path / "run.yaml", text)).exception
+    assert isinstance(error, ConfigError) and problem in str(error) and "run.yaml" in str(error)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

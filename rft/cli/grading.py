@@ -21,7 +21,7 @@ from rft.graders.run import load_grader
 from rft.graders.run import run as run_grader
 
 T = TypeVar("T")
-GraderFile = Annotated[Path, typer.Argument(help="a grader as JSON, as hosted RFT takes it")]
+GraderFile = Annotated[Path, typer.Argument(help="a grader as JSON, as hosted RFT takes it; or a run's YAML")]
 JudgeOption = Annotated[
     list[str] | None,
     typer.Option("--judge", help="MODEL=URL of a model that the grader asks; the key is taken from OPENAI_API_KEY"),
@@ -137,7 +137,15 @@ def rerun(
 
 
 def _load(path: Path) -> Any:
-    return load_grader(_read(path), str(path))
+    if path.suffix not in (".yaml", ".yml"):
+        return load_grader(_read(path), str(path))
+    from rft.config import read_tree
+    from rft.graders.run import validate as validate_grader
+
+    tree = read_tree(path, None, example="configs/quickstart.yaml")
+    if "grader" not in tree:
+        raise ConfigError("has no grader", where=str(path), cure="give a run's config, or a grader as JSON")
+    return validate_grader(tree["grader"], f"{path}: grader")
 
 
 def _row(path: Path | None) -> dict[str, Any]:
