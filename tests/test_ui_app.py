@@ -219,7 +219,7 @@ def test_rft_ui_serves_until_it_is_interrupted(runs: Path) -> None:
         (rss,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
         assert rss < 150_000, "kB"
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "example.com", "::"])

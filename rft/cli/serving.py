@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer()
+
+
+@contextmanager
+def _to_the_end() -> Iterator[None]:
+    """An interruption is how a server ends: nothing went wrong."""
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 @app.command()
@@ -20,7 +29,8 @@ def tools(
     from rft.envs.serve import serve
     from rft.envs.tasks import load_task
 
-    serve(load_task(task), host, port)
+    with _to_the_end():
+        serve(load_task(task), host, port)
 
 
 @app.command()
@@ -42,7 +52,8 @@ def serve(
     if create_key:
         typer.echo(server.create_key(parsed, project, is_admin=is_admin))
         return
-    server.serve(parsed, has_auth=not no_auth, on_ready=_announce)
+    with _to_the_end():
+        server.serve(parsed, has_auth=not no_auth, on_ready=_announce)
 
 
 def _announce(url: str) -> None:
@@ -58,4 +69,5 @@ def ui(
     """Show runs in a browser: charts, rollouts, traces, graders to try out. Needs no server and no keys."""
     from rft.ui import serve as page
 
-    page.serve(runs, host, port, on_ready=lambda url: typer.echo(f"serving {url}"))
+    with _to_the_end():
+        page.serve(runs, host, port, on_ready=lambda url: typer.echo(f"serving {url}"))
