@@ -41,8 +41,9 @@ class TokenSpeaker:
     _num_turns: int = field(default=0, init=False)
 
     async def say(self, item: Item, messages: Sequence[Message], max_tokens: int) -> Turn | None:
-        ids, is_fork = self.chat.first_prompt(item), False
-        if self._num_turns:
+        if self._num_turns == 0:
+            ids, is_fork = self.chat.first_prompt(item), False
+        else:
             continuation = self.chat.continuation(item, list(messages), self._last)
             ids, is_fork = continuation.ids, continuation.is_fork
         prompt = ids if is_fork else self._context + ids
