@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rft.config import RunConfig, TrainingConfig, load_config, validate_config
+from rft.config.reading import read_tree
 from rft.errors import ConfigError
 
 _FOLDER = Path(__file__).parent.parent / "configs"
@@ -154,3 +155,19 @@ def test_secrets_are_masked_in_what_is_written(tmp_path: Path) -> None:
     grader = {"type": "endpoint", "url": "http://127.0.0.1:9/g", "headers": {"Authorization": "Bearer hidden"}}
     config = load_config(written(tmp_path, MINIMAL | {"grader": grader}))
     assert "hidden" not in str(config.model_dump(mode="json")) + repr(config)
+
+
+def test_a_value_can_be_the_text_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "graders").mkdir()
+    (tmp_path / "graders/one.py").write_text("def grade(sample, item):\n    return 0.5\n")
+    config = tmp_path / "run.yaml"
+    config.write_text("grader: {type: python, source: !file graders/one.py}\n")
+    tree = read_tree(config, None, example="")
+    assert tree == {"grader": {"type": "python", "source": "def grade(sample, item):\n    return 0.5\n"}}
+
+
+def test_a_file_that_is_missing_is_named_with_its_line(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("name: a\ngrader: {type: python, source: !file gone.py}\n")
+    with pytest.raises(ConfigError, match=r"(?s)gone\.py.*line 2"):
+        read_tree(config, None, example="")

@@ -24,10 +24,29 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return validate_config(read_tree(path, overrides, example="configs/quickstart.yaml"), where=str(path))
 
 
-def read_tree(path: Path, overrides: list[str] | None, *, example: str) -> dict[str, Any]:
-    """A YAML file with its overrides, not yet validated. Raises ConfigError; `example` is a file to start from."""
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """PyYAML's safe loader, and `!file`."""
+
+
+def _file(loader: _Loader, node: yaml.ScalarNode) -> str:
+    path = Path(loader.name).parent / str(loader.construct_scalar(node))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise yaml.constructor.ConstructorError(None, None, f"!file {path}: {error}", node.start_mark) from None
+
+
+_Loader.add_constructor("!file", _file)
+
+
+def read_tree(path: Path, overrides: list[str] | None, *, example: str) -> dict[str, Any]:
+    """A YAML file with its overrides, not yet validated. Raises ConfigError; `example` is a file to start from.
+
+    A value `!file PATH` is the text of that file, its path seen from the YAML file's folder.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, _Loader)
     except FileNotFoundError:
         raise ConfigError("there is no such file", where=str(path), cure="check the path of the config") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
