@@ -98,7 +98,7 @@ def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def write_study(folder: Path, **changes: Any) -> None:
     shadow = {"type": "python", "source": "def grade(sample, item):\n    return float('e' in sample['output_text'])\n"}
-    source = "def grade(sample, item):\n    text = sample['output_text']\n    return (len(text) <= 40) * text.count('e') / 40"
+    source = "def grade(sample, item):\n    said = sample['output_text']\n    return (len(said) < 41) * said.count('e') / 40"
     tree = a_tree(folder, grader={"type": "python", "source": source}, shadow_graders={"any": shadow})
     tree["data"]["test"] = tree["data"]["train"]
     tree["training"] |= {"steps": 2}
