@@ -98,8 +98,9 @@ def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def write_study(folder: Path, **changes: Any) -> None:
     shadow = {"type": "python", "source": "def grade(sample, item):\n    return float('e' in sample['output_text'])\n"}
-    source = "def grade(sample, item):\n    said = sample['output_text']\n    return (len(said) < 41) * said.count('e') / 40"
-    tree = a_tree(folder, grader={"type": "python", "source": source}, shadow_graders={"any": shadow})
+    counting = "def grade(sample, item):\n    said = sample['output_text']\n"
+    counting += "    return (len(said) <= 40) * said.count('e') / 40\n"
+    tree = a_tree(folder, grader={"type": "python", "source": counting}, shadow_graders={"any": shadow})
     tree["data"]["test"] = tree["data"]["train"]
     tree["training"] |= {"steps": 2}
     tree["evaluation"] |= {"test_items": 6, "rollouts_per_item": 2}
