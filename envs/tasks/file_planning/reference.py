@@ -1,0 +1,45 @@
+"""What a search engine makes of the task without a model: BM25 over the files of a tree, the best as the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rft.envs.tasks.file_planning.grader import grade
+from rft.envs.tasks.file_planning.rows import Hits
+
+_WORD = re.compile(r"[a-z][a-z0-9]+")
+
+
+def bm25_f1(rows: Sequence[dict[str, Any]], files: Mapping[str, bytes]) -> float:
+    """The mean F1 of answering each row of one tree with the best file for its text. Rows must not be empty."""
+    import bm25s
+
+    paths, vocabulary = list(files), dict[str, int]()
+    corpus = [
+        [vocabulary.setdefault(word, len(vocabulary)) for word in _words(f"{path} {data.decode(errors='replace')}")]
+        for path, data in files.items()
+    ]
+    index = bm25s.BM25()
+    index.index((corpus, vocabulary), create_empty_token=False, show_progress=False)
+
+    def best(text: str) -> str:
+        ids = [vocabulary[word] for word in _words(text) if word in vocabulary]
+        return paths[int(index.get_scores_from_ids(ids).argmax())] if ids else ""
+
+    return fmean(grade({"output_text": best(row["text"])}, row) for row in rows)
+
+
+def grep_f1(rows: Sequence[dict[str, Any]], hits: Hits) -> float:
+    """The same for the first identifier of the text, searched for as the demonstrations do, and its first line."""
+
+    def best(row: dict[str, Any]) -> str:
+        return next((path for word in row["identifiers"][:1] for path, _ in hits.best(word)), "")
+
+    return fmean(grade({"output_text": best(row)}, row) for row in rows)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(re.sub(r"([a-z])([A-Z])", r"\1 \2", text).lower())

@@ -1,0 +1,18 @@
+"""The way to an answer; the text of this file is the `source` of a python grader.
+
+0.5 for a call that a tool answered, 0.5 for the share of named paths that a tool showed: no path is made up.
+"""
+
+import re
+from typing import Any
+
+PATH = re.compile(r"[\w+~-][\w.+~/-]*\w")
+
+
+def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
+    shown = [m["content"] for m in sample["trace"] if m["role"] == "tool" and not m.get("is_error")]
+    if not shown:
+        return 0.0
+    seen = {path for text in shown for path in PATH.findall(text)}
+    named = set(PATH.findall(str(sample.get("output_text") or "")))
+    return 0.5 + 0.5 * len(named & seen) / max(1, len(named))
