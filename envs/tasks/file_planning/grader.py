@@ -1,6 +1,6 @@
 """F1 of the files an answer names; the text of this file is the `source` of a python grader.
 
-The answer holds paths, one per line; `./` before and `:12` after a path do not count. Every other path lowers the
+The answer holds paths, one per line; `./` before a path and `:12` after it are let pass. Every wrong path lowers the
 precision, and an answer with more than MAX_PATHS paths gets 0: listing the tree earns nothing.
 """
 
@@ -15,7 +15,7 @@ def paths_in(text: str) -> set[str]:
     """Words that could be paths: with a slash or an ending, or alone on their line."""
     found = set()
     for line in text.splitlines():
-        words = [re.sub(r"(?::\d*)+$", "", word.rstrip(".!?")) for word in WORD.findall(line)]
+        words = [word.partition(":")[0].rstrip(".!?") for word in WORD.findall(line)]
         for word in words:
             path = re.sub(r"^(?:\./|/tree/)+", "", word)
             if len(words) == 1 or "/" in path or re.search(r"\w\.\w", path):

@@ -27,7 +27,7 @@ _COMMENT = re.compile(
 )
 _ADDRESS = re.compile(r"<?\b(?:https?|ftp|git)://\S+|\S+@\S+\.\S+|\b[0-9a-f]{12,40}\b")
 _TAG = re.compile(r"^\s*(?:\[[^\]]*\]\s*|upstream: )+")
-_WORD = re.compile(r"[A-Za-z0-9_.+/~-]*[A-Za-z0-9_+]")
+_WORD = re.compile(r"[\w.+/~-]+")
 _EMPTY = re.compile(r"(?<!\w)(?:\(\s*\)|\"\s*\"|'\s*'|`\s*[`'])")  # what a name was wrapped in
 
 
@@ -70,8 +70,10 @@ def without_file_names(text: str, paths: Iterable[str]) -> str:
     known = {form for path in paths for form in _forms(path.lower())}
 
     def shown(found: re.Match[str]) -> str:
-        bare = re.sub(r"^(?:\.{0,2}/)+", "", found[0].lower())
-        return "" if bare in known or bare.partition("/")[2] in known else found[0]
+        word = found[0].rstrip("./~-")
+        bare = word.lower().lstrip("./")  # also of `a/lib/url.c`, as diffs write it
+        is_name = bare in known or bare.partition("/")[2] in known
+        return found[0][len(word) :] if is_name else found[0]
 
     text = _EMPTY.sub("", _WORD.sub(shown, text))
     return re.sub(r"\s+([,.;:)](?:\s|$))", r"\1", re.sub(r"\s+", " ", text)).strip(" :,;-")

@@ -62,7 +62,7 @@ def of_history(repository: Path, name: str, max_commits: int) -> Iterator[Planne
     commits = list(history.changes(repository, name, max_commits))
     num_held_out = max(1, len(commits) // 10)
     for number, change in enumerate(commits):
-        split: Split = ("test", "validation", "train")[min(number // num_held_out, 2)]  # type: ignore[assignment]
+        split: Split = ("test", "validation", "train")[min(number // num_held_out, 2)]
         files = sources(history.files_of(repository, change.tree))
         kept = tuple(path for path in change.files if path in files)
         yield Planned(split, files, (Change(name, change.name, change.tree, change.text, kept),))

@@ -6,13 +6,16 @@
 import re
 from typing import Any
 
-PATH = re.compile(r"[\w+~-][\w.+~/-]*\w")
+WORD = re.compile(r"[\w.+~/-]+")
+
+
+def words_of(text: str) -> set[str]:
+    return {word.strip("./") for word in WORD.findall(text)} - {""}
 
 
 def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     shown = [m["content"] for m in sample["trace"] if m["role"] == "tool" and not m.get("is_error")]
     if not shown:
         return 0.0
-    seen = {path for text in shown for path in PATH.findall(text)}
-    named = set(PATH.findall(str(sample.get("output_text") or "")))
-    return 0.5 + 0.5 * len(named & seen) / max(1, len(named))
+    named = words_of(str(sample.get("output_text") or ""))
+    return 0.5 + 0.5 * len(named & words_of("\n".join(map(str, shown)))) / max(1, len(named))
