@@ -164,6 +164,13 @@ def test_archives_hold_regular_files_alone() -> None:
     assert trees.sources(climbing) == {"ok/d.c": b"x"}
 
 
+def test_a_tree_is_written_once(tmp_path: Path) -> None:
+    written: dict[str, Path] = {}
+    for name in ("one", "two", "one"):
+        trees.write_tree(tmp_path / name, {"a/b.c": b"x"}, written)
+    assert (tmp_path / "two/a/b.c").read_bytes() == b"x" and (tmp_path / "one/a/b.c").stat().st_nlink == 2
+
+
 # --- the grade -------------------------------------------------------------------------------------------------------
 
 

@@ -65,7 +65,12 @@ def sources(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def write_tree(root: Path, files: Mapping[str, bytes], written: dict[str, Path]) -> None:
-    """Write a tree; a file with a content that was `written` before is a link to it: trees of a history share most."""
+    """Write a tree, unless it is there: two commits may have one parent.
+
+    A file with a content that was `written` before is a link to it: the trees of a history share most.
+    """
+    if root.exists():
+        return
     for path, data in files.items():
         target = root / path
         target.parent.mkdir(parents=True, exist_ok=True)
