@@ -1,7 +1,8 @@
 """From sources to splits: trees with the changes that are to be planned in them, and the rows of each split.
 
 Training has the first stage of the task: changes with a word that, searched for as the demonstrations do, shows a right
-file first; `train_all` has the others too. Validation and test have every change whose text names an identifier.
+file first; `train_all` has the others too. Validation and test have every change whose text names an identifier, or all
+of a tree with none: in a history each change has a tree of its own.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def write_trees(folder: Path, plans: Iterable[Planned], said: list[str]) -> dict
             rows["train_all"] += found
             rows["warmup"] += filter(None, (demonstration_of(row, hits) for row in found))
         else:
-            rows[planned.split] += named
+            rows[planned.split] += named or found
         if len(planned.changes) > 1:
             said.append(
                 _described(planned, named or found, hits, f"{len(found)} tasks, {len(named)} with an identifier")
