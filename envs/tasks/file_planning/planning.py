@@ -95,9 +95,11 @@ def write_trees(folder: Path, plans: Iterable[Planned], said: list[str]) -> dict
 
 def _described(planned: Planned, rows: Rows, hits: Hits, counts: str) -> str:
     size = sum(map(len, planned.files.values())) / 2**20
+    any_word, identifier = grep_f1(rows, hits)
     several = fmean(len(row["files"]) > 1 for row in rows)
     return (
         f"{rows[0]['source']} ({planned.split}): {len(planned.files):,} files, {size:.0f} MiB; of "
         f"{len(planned.changes)} patches {counts}, {several:.0%} of these edit several files; F1 of the best file by "
-        f"BM25 {bm25_f1(rows, planned.files):.2f}, by a grep for the first identifier {grep_f1(rows, hits):.2f}"
+        f"BM25 {bm25_f1(rows, planned.files):.2f}, by a grep for any word {any_word:.2f}, "
+        f"for the first identifier {identifier:.2f}"
     )

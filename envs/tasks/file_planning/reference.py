@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rft.envs.tasks.file_planning.grader import grade
-from rft.envs.tasks.file_planning.rows import Hits
+from rft.envs.tasks.file_planning.rows import Hits, words
 
 _WORD = re.compile(r"[a-z][a-z0-9]+")
 
@@ -32,13 +32,16 @@ def bm25_f1(rows: Sequence[dict[str, Any]], files: Mapping[str, bytes]) -> float
     return fmean(grade({"output_text": best(row["text"])}, row) for row in rows)
 
 
-def grep_f1(rows: Sequence[dict[str, Any]], hits: Hits) -> float:
-    """The same for the first identifier of the text, searched for as the demonstrations do, and its first line."""
+def grep_f1(rows: Sequence[dict[str, Any]], hits: Hits) -> tuple[float, float]:
+    """The same for a search as the demonstrations make it, its first line as the answer: on average over the words of
+    the text, which is where training starts, and for the first identifier, which is simple to learn.
+    """
 
-    def best(row: dict[str, Any]) -> str:
-        return next((path for word in row["identifiers"][:1] for path, _ in hits.best(word)), "")
+    def score(row: dict[str, Any], word: str) -> float:
+        return grade({"output_text": next((path for path, _ in hits.best(word)), "")}, row)
 
-    return fmean(grade({"output_text": best(row)}, row) for row in rows)
+    any_word = fmean(fmean(score(row, word) for word in words(row["text"])) for row in rows)
+    return any_word, fmean(score(row, (row["identifiers"] or words(row["text"]))[0]) for row in rows)
 
 
 def _words(text: str) -> list[str]:
