@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from rft.cli import app
 from rft.config import load_config
-from rft.data import load_items, overlap
+from rft.data import load_items, load_rows, overlap, parse_item
 from rft.envs.shell import ShellEnvironment, ShellEnvironmentConfig
 from rft.envs.tasks.file_planning import history, patches, planning, rows, trees
 from rft.envs.tasks.file_planning.grader import grade
@@ -332,6 +332,13 @@ def test_demonstrations_judge_nothing(prepared: Path) -> None:
     assert "grep -rci common . " in json.loads(called["tool_calls"][0]["function"]["arguments"])["command"]
     assert result["content"] == "./lib/two.c:1\n./lib/three.c:1\n./lib/one.c:1\n" and answer["content"] == "./lib/two.c"
     assert rows.demonstration_of({**row, "text": "unheard words"}, hits) is None
+
+
+def test_demonstrations_are_rows_that_end_with_an_answer(prepared: Path) -> None:
+    specs = asyncio.run(ShellEnvironment(ShellEnvironmentConfig(root=str(prepared))).discover())
+    path = prepared / "warmup.jsonl"
+    shown = load_rows(path, lambda row, name, found: parse_item(row, name, specs, found, ends_with="assistant"))
+    assert [len(item.messages) for item in shown] == [5] * 9
 
 
 def test_a_damaged_download_is_not_used(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

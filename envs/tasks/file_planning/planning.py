@@ -23,6 +23,7 @@ from rft.types import Split
 Part = Literal["train", "validation", "test", "train_all", "warmup"]
 _PARTS: tuple[Part, ...] = ("train", "validation", "test", "train_all", "warmup")
 Rows = list[dict[str, Any]]
+NUM_DEMONSTRATIONS = 160  # 20 optimizer steps of 8: enough for a form, and minutes on two cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def write_trees(folder: Path, plans: Iterable[Planned], said: list[str]) -> dict
             said.append(
                 _described(planned, named or found, hits, f"{len(found)} tasks, {len(named)} with an identifier")
             )
-    return {part: shuffled(held) for part, held in rows.items()}
+    ordered = {part: shuffled(held) for part, held in rows.items()}
+    return {**ordered, "warmup": ordered["warmup"][:NUM_DEMONSTRATIONS]}
 
 
 def _described(planned: Planned, rows: Rows, hits: Hits, counts: str) -> str:
