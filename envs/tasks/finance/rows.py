@@ -18,9 +18,12 @@ from rft.envs.tasks.finance.questions import PHRASES, Question, compared, lookup
 from rft.types import Split
 
 SYSTEM_TEXT = "Search, then answer with the figure and its source in brackets."
-# One worked call, as turns of a conversation: without it a small model never calls a tool.
-EXAMPLE_QUESTION = "What were the tax revenues of Atlantis in 1999?"
-EXAMPLE_QUERY = "Atlantis tax revenues 1999"
+# Worked calls, as turns of a conversation, about places that no document is of: SmolLM2-135M makes a valid call in 28%
+# of its rollouts after one of them, in 70% after two.
+EXAMPLES = {
+    "What were the tax revenues of Atlantis in 1999?": "tax revenues of Atlantis in 1999",
+    "What was the interest rate of Utopia in 2001?": "interest rate of Utopia in 2001",
+}
 SHARES: dict[Split, float] = {"test": 0.2, "validation": 0.1}  # of the documents; the rest is for training
 NUM_ROWS: dict[Split, int] = {"train": 1200, "validation": 200, "test": 400}
 # of 100 questions; what is reckoned from two figures is the harder stage
@@ -29,13 +32,12 @@ KINDS = {"lookup": 80, "reworded": 8, "reckoned": 8, "compare": 4}
 
 def messages_for(question: str) -> list[dict[str, str]]:
     """What the model reads before it writes."""
-    call = json.dumps({"name": "search", "arguments": {"query": EXAMPLE_QUERY}})
-    return [
-        {"role": "system", "content": SYSTEM_TEXT},
-        {"role": "user", "content": EXAMPLE_QUESTION},
-        {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
-        {"role": "user", "content": question},
-    ]
+    messages = [{"role": "system", "content": SYSTEM_TEXT}]
+    for asked, query in EXAMPLES.items():
+        call = json.dumps({"name": "search", "arguments": {"query": query}})
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": f"<tool_call>{call}</tool_call>"})
+    return [*messages, {"role": "user", "content": question}]
 
 
 def split_documents(names: Iterable[str]) -> dict[str, Split]:
