@@ -22,7 +22,7 @@ def search(query: str, k: int = 3) -> str:
     return _store().search(query, min(max(k, 1), _MAX_RESULTS)) or "nothing found: try other words"
 
 
-def list(words: str = "") -> str:  # noqa: A001  # the tool's name; nothing here needs the type's
+def list(words: str = "") -> str:  # the tool's name; nothing here needs the type's
     """List documents by title."""
     return _store().titles(words) or "no such title"
 

@@ -55,11 +55,13 @@ class Question:
 
 def lookups(facts: Sequence[Fact]) -> list[Question]:
     """One for each fact: of the factbook's labels in their phrase, of others by the label as it stands."""
-    return [_of(fact, "lookup", f"What {_asked(fact)} of {fact.title} in {fact.year}?") for fact in facts]
+    return [_of(fact, "lookup", _lookup(fact)) for fact in facts]
 
 
-def _asked(fact: Fact) -> str:
-    return PHRASES[fact.label][0] if fact.label in PHRASES else f"was the {fact.label}"
+def _lookup(fact: Fact) -> str:
+    if fact.label in PHRASES:
+        return f"What {PHRASES[fact.label][0]} of {fact.title} in {fact.year}?"
+    return f"{fact.title}: what was {fact.label} in {fact.year}, as printed?"
 
 
 def reworded(facts: Sequence[Fact]) -> list[Question]:
@@ -138,4 +140,3 @@ def compared(facts: Sequence[Fact], pick: random.Random) -> list[Question]:
 
 def _differ(one: Fact, other: Fact) -> bool:
     return abs(one.value - other.value) > _LEAST_SHARE * max(abs(one.value), abs(other.value))
-

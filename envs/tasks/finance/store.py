@@ -28,7 +28,8 @@ class Store:
 
     def __init__(self, documents: Iterable[Document]) -> None:
         self._documents = {document.id.casefold(): document for document in documents}
-        self._passages = {passage.id: passage for document in self._documents.values() for passage in passages(document)}
+        cut = (passage for document in self._documents.values() for passage in passages(document))
+        self._passages = {passage.id: passage for passage in cut}
         self._index = build([*self._passages.values()], None)
 
     def search(self, query: str, k: int) -> str:
