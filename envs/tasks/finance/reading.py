@@ -9,9 +9,9 @@ import re
 from typing import Any
 
 NUMBER = re.compile(
-    r"(?<![\w.,])(?P<minus>[-\u2212]\s?)?(?P<dollar>(?:US)?\$\s?|USD\s)?(?P<inner>[-\u2212])?"
+    r"(?<![\w.,])(?P<minus>[-\u2212])?(?P<dollar>(?:US)?\$\s?|USD\s)?(?P<inner>[-\u2212])?"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?P<exponent>e[+-]?\d{1,3})?"
-    r"(?:\s?(?P<scale>thousand|million|billion|trillion|k|mn|m|bn|b|tn|t))?(?!\w)(?:\s?(?P<percent>%|percent\b))?",
+    r"(?:\s?(?P<scale>thousand|million|billion|trillion|k|mn|m|bn|b|tn|t))?(?!\w|[,.]\d)(?:\s?(?P<percent>%|percent\b))?",
     re.IGNORECASE,
 )
 SCALES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "mn": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "billion": 1e9}
@@ -39,16 +39,15 @@ def answered(sample: dict[str, Any], item: dict[str, Any]) -> tuple[float, str] 
 
     A year that the question names may be repeated beside it.
     """
-    years = {float(year) for year in item.get("years", [])}
+    years = {float(year) for year in item.get("years", [])} - {item.get("value")}
     for line in reversed(BRACKETS.sub(" ", str(sample.get("output_text") or "")).splitlines()):
-        found = numbers(line) if len(line) <= MAX_LINE_CHARS else []
-        if not found and len(line) <= MAX_LINE_CHARS:
-            continue
-        found = [pair for pair in found if pair[1] or pair[0] not in years] or found[:1]
-        if not found or any(not close(value, found[0][0], SAME) for value, _ in found):
+        if len(line) > MAX_LINE_CHARS:
             return None
-        value, unit = next((pair for pair in found if pair[1]), found[0])
-        return (-value if value > 0 and "deficit" in line.lower() else value), unit
+        found = [(value, unit) for value, unit in numbers(line) if unit or value not in years]
+        if found:
+            value, unit = next((pair for pair in found if pair[1]), found[0])
+            is_one = all(close(other, value, SAME) for other, _ in found)
+            return ((-value if value > 0 and "deficit" in line.lower() else value), unit) if is_one else None
     return None
 
 
