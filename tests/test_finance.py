@@ -547,16 +547,6 @@ def test_reckoned_answers_keep_their_sign_and_need_both_documents() -> None:
     assert grades("$56.326 billion [ag][bb]", item=compare)["invented"] == 1.0
 
 
-def test_an_item_without_a_figure_asks_for_documents() -> None:
-    item = {"documents": ["ag", "bb"]}
-    assert [grades(text, RESULT, item=item)["grade"] for text in ("[ag] [bb]", "[ag]", "[cc]", "5")] == [
-        1.0,
-        0.733,
-        0.1,
-        0.2,
-    ]
-
-
 @pytest.mark.parametrize("answer", [None, "", "\x00", 5, "[" * 5000, "]" * 5000, "$" * 5000, "1e" * 5000, "-" * 9999])
 def test_no_text_breaks_a_grader(answer: object) -> None:
     assert all(0 <= grade(sample(answer, str(answer)), ITEM) <= 1 for grade in GRADERS.values())

@@ -3,7 +3,6 @@
 0.1 each for a result, for the right document among the results, for a number out of them, and for citing (F1); 0.6 for
 the right number, of which 0.36 by the citations, paid only when the right document was shown. An invented number and
 an invented citation cost 0.1 each. So the right number alone is worth 0.54 at most, and nothing without the tools.
-An item without a `value` (the banking corpus) asks for documents alone: 0.8 by the citations.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     shown, gold = seen(texts), {str(name).casefold() for name in item["documents"]}
     citing = citation_score(cited, shown, gold)
     score = 0.1 * bool(shown) + 0.1 * bool(shown & gold) - 0.1 * bool(cited - shown)
-    if item.get("value") is None:
-        return max(0.0, score + 0.8 * citing)
     is_invented = is_invented_number(number, texts, item)
     score += 0.1 * citing - 0.1 * is_invented + 0.1 * (number is not None and bool(shown) and not is_invented)
     if is_right(number, item) and shown & gold:

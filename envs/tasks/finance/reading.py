@@ -57,7 +57,7 @@ def close(value: float, gold: float, tolerance: float) -> bool:
 
 def is_right(number: tuple[float, str] | None, item: dict[str, Any]) -> bool:
     """Within the item's tolerance (relative, 1% by default), and not in another unit."""
-    if number is None or item.get("value") is None:
+    if number is None:
         return False
     value, unit = number
     has_other_unit = bool(unit and item.get("unit") and unit != item["unit"])
