@@ -474,17 +474,18 @@ def grades(answer: object, *results: str, item: dict[str, Any] = ITEM, **more: A
 
 
 def test_good_fair_and_bad() -> None:
-    assert grades("$59.4 billion [ag]", RESULT) == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "invented": 0.0}
-    assert grades(RESULT.splitlines()[0], RESULT) == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "invented": 0.0}
-    assert grades("$59.426 billion", RESULT) == {"grade": 0.54, "answer": 1.0, "cited": 0.0, "invented": 0.0}
-    assert grades("$3.1 billion [bb]", RESULT) == {"grade": 0.3, "answer": 0.0, "cited": 0.0, "invented": 0.0}
-    assert grades("$61 billion [zz]", RESULT) == {"grade": 0.0, "answer": 0.0, "cited": 0.0, "invented": 1.0}
-    assert grades("I do not know", RESULT) == {"grade": 0.2, "answer": 0.0, "cited": 0.0, "invented": 0.0}
+    assert grades("$59.4 billion [ag]", RESULT) == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "grounded": 1.0}
+    assert grades(RESULT.splitlines()[0], RESULT) == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "grounded": 1.0}
+    assert grades("$59.426 billion", RESULT) == {"grade": 0.54, "answer": 1.0, "cited": 0.0, "grounded": 0.0}
+    assert grades("$3.1 billion [bb]", RESULT) == {"grade": 0.3, "answer": 0.0, "cited": 0.0, "grounded": 1.0}
+    assert grades("$61 billion [zz]", RESULT) == {"grade": 0.0, "answer": 0.0, "cited": 0.0, "grounded": 0.0}
+    assert grades("I do not know", RESULT) == {"grade": 0.2, "answer": 0.0, "cited": 0.0, "grounded": 0.0}
     assert grades("60.1 billion [ag]", RESULT)["answer"] == 0.0 and grades("60.0 billion [ag]", RESULT)["answer"] == 1.0
 
 
 CHEATS = {
     "from memory": ("$59.426 billion [ag]", ()),
+    "remembered, another line shown": ("$59.426 billion [ag]", ("[ag] Algeria - Imports 2023: $5 billion",)),
     "the wrong document shown": ("$59.426 billion [ag]", ("[bb] Barbados - x",)),
     "all numbers of the results": (" ".join(RESULT.split()), (RESULT,)),
     "every number": (" ".join(f"{n / 1000:.3f} billion" for n in range(59_000, 60_000)) + " [ag]", (RESULT,)),
@@ -513,7 +514,7 @@ def test_cheats_do_not_pay(name: str) -> None:
 def test_refusals_do_not_count_as_shown() -> None:
     """What a tool says of a wrong call may repeat the model's own words."""
     told = grades("$59.426 billion [ag]", errors=(RESULT,))
-    assert told["grade"] == 0.0 and told["invented"] == 1.0 and told["cited"] == 0.0
+    assert told["grade"] == 0.0 and told["grounded"] == 0.0 and told["cited"] == 0.0
 
 
 def naive(sample: dict[str, Any], item: dict[str, Any]) -> float:
@@ -541,10 +542,10 @@ def test_reckoned_answers_keep_their_sign_and_need_both_documents() -> None:
     assert grades("$9.543 billion [ag]", RESULT, item=balance)["answer"] == 0.0
     compare = {**ITEM, "kind": "compare", "documents": ["ag", "bb"], "value": 56.326e9}
     assert grades("$56.326 billion [ag, BB]", RESULT, item=compare) == {
-        **{"grade": 1.0, "answer": 1.0, "cited": 1.0, "invented": 0.0}
+        **{"grade": 1.0, "answer": 1.0, "cited": 1.0, "grounded": 1.0}
     }
     assert 0.54 < grades("$56.326 billion [ag]", RESULT, item=compare)["grade"] < 0.9
-    assert grades("$56.326 billion [ag][bb]", item=compare)["invented"] == 1.0
+    assert grades("$56.326 billion [ag][bb]", item=compare)["grounded"] == 0.0
 
 
 @pytest.mark.parametrize("answer", [None, "", "\x00", 5, "[" * 5000, "]" * 5000, "$" * 5000, "1e" * 5000, "-" * 9999])
@@ -560,7 +561,7 @@ def test_every_kind_of_question_can_be_answered_in_full(prepared: Path) -> None:
     for row in rows_of(prepared, "train") + rows_of(prepared, "test"):
         value = f"{'$' if row['unit'] == '$' else ''}{row['value']:.4f}{'%' if row['unit'] == '%' else ''}"
         best = grades(f"{value} [{', '.join(row['documents'])}]", *(read[name] for name in row["documents"]), item=row)
-        assert best == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "invented": 0.0}, row
+        assert best == {"grade": 1.0, "answer": 1.0, "cited": 1.0, "grounded": 1.0}, row
         kinds.add(row["kind"])
     assert kinds == {"lookup", "reworded", "balance", "growth", "per_person", "compare"}
 
@@ -573,7 +574,7 @@ def test_the_config_loads_and_serves_the_tools_of_the_rows() -> None:
 
     config = load_config(CONFIG)
     assert {tool.name for tool in config.environment.tools} == TASK.tool_names
-    assert set(config.shadow_graders) == {"answer", "cited", "invented"}
+    assert set(config.shadow_graders) == {"answer", "cited", "grounded"}
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """What is optimised: a number that the documents support, and the documents it stands in. Follows reading.py.
 
 0.1 each for a result, for the right document among the results, for a number out of them, and for citing (F1); 0.6 for
-the right number, of which 0.36 by the citations, paid only when the right document was shown. An invented number and
-an invented citation cost 0.1 each. So the right number alone is worth 0.54 at most, and nothing without the tools.
+the right number, of which 0.36 by the citations, paid only when the right document was shown and the number is not
+invented. An invented number and an invented citation cost 0.1 each. So the right number alone is worth 0.54 at most,
+and nothing without the tools.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,6 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     score = 0.1 * bool(shown) + 0.1 * bool(shown & gold) - 0.1 * bool(cited - shown)
     is_invented = is_invented_number(number, texts, item)
     score += 0.1 * citing - 0.1 * is_invented + 0.1 * (number is not None and bool(shown) and not is_invented)
-    if is_right(number, item) and shown & gold:
+    if is_right(number, item) and shown & gold and not is_invented:
         score += 0.24 + 0.36 * citing
     return max(0.0, score)
