@@ -8,6 +8,8 @@ import importlib.machinery
 import importlib.util
 import json
 import random
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -611,3 +613,28 @@ def test_the_real_factbook_gives_the_documents_and_questions_it_should() -> None
     assert len(documents) == 256 and len({document.title for document in documents}) == 256
     facts = [fact for document in documents for fact in facts_of(document)]
     assert len(lookups(facts)) == len(facts) > 5000 and len(reworded(facts)) > 2000
+
+
+@pytest.mark.slow
+def test_the_tools_answer_over_http(prepared: Path) -> None:
+    from rft.envs.serve import ToolServer
+
+    def post(base_url: str, name: str, **arguments: Any) -> tuple[int, str]:
+        body = json.dumps({"name": name, "arguments": json.dumps(arguments), "call_id": "c"}).encode()
+        request = urllib.request.Request(f"{base_url}/{name}", body, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, json.load(reply)["output"]
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)["error"]
+
+    with ToolServer("finance") as server:
+        assert post(server.base_url, "search", query="exports of Corva in 2023") == (
+            200,
+            run("search", query="exports of Corva in 2023"),
+        )
+        assert post(server.base_url, "list", words="corva") == (200, "cx: Corva")
+        status, says = post(server.base_url, "read", id="[zz]")
+        assert status == 400 and says.startswith("there is no such document")
+        assert post(server.base_url, "search", words="x")[0] == 400
