@@ -2,6 +2,7 @@
 
 A case is one JSON line: `{"item": {...}, "answer": "...", "score": 0.5, "tolerance": 0.05}` expects a score;
 `{"item": {...}, "answers": {"good": "...", "fair": "...", "bad": "..."}}` expects falling scores in that order.
+`"results": ["..."]` is what tools had answered before, for graders that read the trace.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Case(BaseModel):
     score: float | None = None
     tolerance: float = Field(1e-6, ge=0)
     answers: dict[str, str] = Field(default_factory=dict)
+    results: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Case:
@@ -98,7 +100,7 @@ async def _test(grader: Grader, number: int, case: Case, repeats: int) -> CaseRe
     item = Item(id=str(number), row=case.item, messages=[])
     try:
         for name, answer in answers.items():
-            sample = sample_of_text(answer)
+            sample = _sample(answer, case.results)
             grades = [await grader.grade(item, sample, f"trace_case_{number}_{repeat}") for repeat in range(repeats)]
             failure = next((detail for grade in grades for _, detail in grade.all_errors), None)
             if failure is not None:
@@ -109,6 +111,16 @@ async def _test(grader: Grader, number: int, case: Case, repeats: int) -> CaseRe
         return CaseResult(line=number, passed=False, problem=error.problem)
     problem = _order_problem(means) if case.answers else _score_problem(case, means["answer"])
     return CaseResult(line=number, passed=not problem, problem=problem, means=means, spreads=spreads)
+
+
+def _sample(answer: str, results: list[str]) -> dict[str, Any]:
+    """The answer of a rollout whose tools had answered `results`."""
+    sample = sample_of_text(answer)
+    told = [
+        {"role": "tool", "tool_call_id": f"call_case_{number}", "content": result, "is_error": False}
+        for number, result in enumerate(results)
+    ]
+    return {**sample, "trace": [*told, *sample["trace"]]}
 
 
 def _score_problem(case: Case, score: float) -> str:

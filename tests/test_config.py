@@ -12,7 +12,8 @@ from rft.config.reading import read_tree
 from rft.errors import ConfigError
 
 _FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = [path for path in sorted(_FOLDER.glob("*.yaml")) if path.stem not in ("server", "seed_cookbook")]
+_OTHERS = ("server", "seed_cookbook", "case_studies")
+CONFIGS = [path for path in sorted(_FOLDER.glob("*.yaml")) if path.stem not in _OTHERS]
 MINIMAL = {
     "model": {"path": "m"},
     "engine": {"type": "vllm"},
@@ -170,4 +171,18 @@ def test_a_file_that_is_missing_is_named_with_its_line(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("name: a\ngrader: {type: python, source: !file gone.py}\n")
     with pytest.raises(ConfigError, match=r"(?s)gone\.py.*line 2"):
+        read_tree(config, None, example="")
+
+
+def test_a_value_can_join_files(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.py").write_text("y = x\n")
+    config = tmp_path / "run.yaml"
+    config.write_text("grader: {source: !file [a.py, b.py]}\n")
+    assert read_tree(config, None, example="") == {"grader": {"source": "x = 1\n\ny = x\n"}}
+    config.write_text("grader: {source: !file [a.py, gone.py]}\n")
+    with pytest.raises(ConfigError, match=r"(?s)gone\.py.*line 1"):
+        read_tree(config, None, example="")
+    config.write_text("grader: {source: !file [a.py, {b: c}]}\n")
+    with pytest.raises(ConfigError):
         read_tree(config, None, example="")

@@ -123,6 +123,18 @@ def test_test_compares_scores_and_orders(tmp_path: Path) -> None:
     assert (order["passed"], order["means"]["fair"], order["spreads"]["fair"]) == (True, pytest.approx(0.8), 0.0)
 
 
+def test_a_case_can_say_what_tools_answered(tmp_path: Path) -> None:
+    source = (
+        "def grade(sample, item):\n"
+        "    told = [m['content'] for m in sample['trace'] if m['role'] == 'tool' and not m['is_error']]\n"
+        "    return float(told == ['7', '8'] and sample['output_text'] == sample['trace'][-1]['content'] == 'x')\n"
+    )
+    grader = write(tmp_path / "g.json", {"type": "python", "name": "p", "source": source})
+    told = {"answer": "x", "score": 1.0, "results": ["7", "8"]}
+    cases = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, [told, {"answer": "x", "score": 0.0}])))
+    assert rft("test", grader, cases).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("case", "problem"),
     [

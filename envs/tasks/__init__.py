@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rft.errors import UserError
 
-_BUILTIN = {"icd10": "rft.envs.tasks.icd10:TASK"}
+_BUILTIN = {"icd10": "rft.envs.tasks.icd10:TASK", "finance": "rft.envs.tasks.finance:TASK"}
 
 
 class ArgumentError(Exception):

@@ -28,7 +28,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader, and `!file`."""
 
 
-def _file(loader: _Loader, node: yaml.ScalarNode) -> str:
+def _file(loader: _Loader, node: yaml.ScalarNode | yaml.SequenceNode) -> str:
+    parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    return "\n".join(_text(loader, part) for part in parts)
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     path = Path(loader.name).parent / str(loader.construct_scalar(node))
     try:
         return path.read_text(encoding="utf-8")
@@ -42,7 +47,8 @@ _Loader.add_constructor("!file", _file)
 def read_tree(path: Path, overrides: list[str] | None, *, example: str) -> dict[str, Any]:
     """A YAML file with its overrides, not yet validated. Raises ConfigError; `example` is a file to start from.
 
-    A value `!file PATH` is the text of that file, its path seen from the YAML file's folder.
+    A value `!file PATH` is the text of that file, its path seen from the YAML file's folder; `!file [PATH, PATH]` joins
+    several: what graders share stands in one file.
     """
     try:
         with path.open(encoding="utf-8") as stream:
