@@ -1,0 +1,208 @@
+"""Grade of a reply to a question that may lack something: does it ask for what is missing, briefly, and nothing else?
+
+The text of this file is the `source` of a python grader, which is one text: so it is one file. A row names its slots
+in `missing` and `given`, and the `domain` they belong to. Of a reply that should ask, 0.1 is for asking one or two
+questions, 0.1 for questions about slots, 0.8 for the right slots, all of it less for chatter. A reply to a question
+that lacks nothing should answer. Questions are known by patterns of wording: what no pattern knows is not credited.
+"""
+
+import re
+from typing import Any
+
+MAX_CHARS = 1200  # a longer reply gets 0 before any pattern sees it
+MAX_QUESTIONS = 2
+FREE_WORDS = 12  # of courtesy and advice beside the questions
+COST_PER_WORD = 0.02  # of every further one
+ANSWER_WORDS = (6, 60)
+WRONG, OTHER = 1.5, 0.5  # weights of a question for what was said, and of one that is about no slot
+
+# Wordings of a question for each slot, searched in one sentence, lower case, that asks the user.
+HEALTH = {
+    "duration": r"\bhow (?:long(?! (?:should|will|would|can|until|before|do i))|recent)|\bsince when|\bduration"
+    r"|\blasted\b"
+    r"|\bhow many (?:hours|days|nights|weeks|months|years)(?! old)|\b(?:what|which) (?:day|week|month)\b"
+    r"|\bwhen (?:did|was|have|had|were)\b.{0,40}\b(?:star|beg[ai]|first|com|came|noti[cs]|appear|get|feel|occur|happen)"
+    r"|\b(?:did|has|have)\b.{0,25}\b(?:start|beg[iu]n|come on|appear)\w*.{0,20}\b(?:recent|today|yesterday|long|sudden)"
+    r"|\bhave you had (?:this|it|that|them)\b.{0,12}\b(?:long|while)"
+    r"|\b(?:is|are) (?:this|it|these|they) (?:a )?(?:new|recent)",
+    "severity": r"\bhow (?:bad|severe|strong|intense|serious|painful|uncomfortable|sore|itchy|troublesome|mild)"
+    r"|\bhow much (?:pain|does|is|discomfort)|\bscale\b|\bseverity|\brate (?:the|your|it)"
+    r"|\b(?:0|1|zero|one) to (?:10|ten)\b"
+    r"|\b(?:is|are|would you (?:call|say)|do you find) (?:it|this|the pain|they|your \w+)\b.{0,25}"
+    r"\b(?:mild|severe|bad|strong|unbearable|worse|painful)"
+    r"|\bdoes (?:it|this|the pain) (?:keep|stop|wake|hurt|interfere|bother|affect)",
+    "age": r"\bhow (?:many years )?old\b(?! (?:is|are) (?:it|this|the|they|your))|\byour (?:current |exact )?age\b"
+    r"|\b(?:what|which) age\b|\byou born\b|\bdate of birth|\bbirth (?:year|date)|\bage (?:group|range)"
+    r"|\bare you (?:over|under|above|below|older|younger|an adult|a child|a teen)"
+    r"|\bthe age of the (?:patient|person)|\bwhat(?:'s| is) the age\b",
+    "medicines": r"\b(?:tak\w+|took|on|us(?:e|ing)|prescribed|(?:what|which|any|other|your) (?:\w+ ){0,2}?)\b.{0,30}?"
+    r"\b(?:medic(?:ines?|ations?|aments?)|meds|drugs?|tablets?|pills?|prescriptions?|pain ?killers?|supplements?"
+    r"|vitamins?)\b"
+    r"|\b(?:are|do) you (?:currently |already |regularly |also )?(?:take|taking|on|using|use) (?:any(?:thing)?"
+    r"|something)\b"
+    r"|\bwhat (?:are you|do you|have you been) (?:currently |already |regularly )?(?:tak(?:e|ing)|on)\b"
+    r"|\bon any treatment",
+    "allergies": r"\b(?:do|are|have|any|known|what|which|your|a|list|some|other|about|history"
+    r"|with)\b.{0,40}?\ballerg\w+"
+    r"|\ballerg(?:ies|y|ic)\b.{0,20}\b(?:do|are|have) you|^allergies\b"
+    r"|\b(?:bad reaction|react(?:ed)? (?:badly|to)|intoleran\w+|sensitiv\w+ to)",
+    "symptoms": r"\b(?:other|any|what|which|more|further|your|additional|else)\b.{0,20}\b(?:symptoms?|signs"
+    r"|complaints)\b"
+    r"|\banything else (?:wrong|bother|hurt|going on|you (?:feel|have noticed|notice)|unusual)|\bhow else do you feel"
+    r"|\b(?:do you|have you|any|is there|are there|are you)\b.{0,30}\b(?:fever|temperature|nausea|swelling|swollen"
+    r"|dizz\w+|rash|numb\w*|vomit\w*|chills|bleeding|discharge|redness|shortness of breath)\b",
+}
+# "How long have you been an aspirin fan?" asks for nothing that was withheld: longer words must be the user's or these.
+_OF_TIME = frozenset(
+    re.findall(
+        r"\w+",
+        "about aches again already appear appeared approximately around aware began begin bother bothered bothering cause "
+        "coming complaint concern condition could dealing develop developed discomfort duration evening exactly "
+        "experience experienced experiencing feeling felt first following going happen happened happening having hear "
+        "hours issue issues lasted lasting lately long might minutes months morning night nights notice noticed noticing "
+        "occur occurred occurring onset pains please present problem recent recently right roughly share since sorry "
+        "specific start started starting struggling sudden suddenly suffered suffering symptom symptoms tell thank thanks "
+        "there these thing this those today trouble weeks where whether which while would years yesterday",
+    )
+)
+# Of somebody who runs tools: the first of these nouns after a question word is what is asked for.
+CALLS = {
+    "file": r"(?:file ?names?|files?|documents?|drafts?|reports?)",
+    "place": r"(?:(?:sub)?folders?|(?:sub)?director(?:y|ies)|cit(?:y|ies)|airports?|locations?|destinations?"
+    r"|places?|towns?|address(?:es)?|zip ?codes?|departure|arrival)",
+    "symbol": r"(?:stocks?|compan(?:y|ies)|tickers?|symbols?|shares? of)",
+    "amount": r"(?:amounts?|quantit(?:y|ies)|many|much|number of|shares|prices?|costs?|fees?|budget|limit"
+    r"|lit(?:er|re)s?|gallons?|miles|kilometers?|distance|values?|lines)",
+    "token": r"(?:(?:access |authori[sz]ation )?tokens?|access codes?)",
+    "password": r"(?:pass ?words?|pass ?phrase|credentials|log ?in details)",
+    "user": r"(?:user ?names?|user ids?|accounts?|credentials|log ?in details)",
+    "person": r"(?:mentions?|handles?|people|persons?|recipients?|receivers?|contacts?|someone)",
+    "tags": r"(?:hash ?tags?|tags?)",
+    "text": r"(?:contents?|texts?|messages?|comments?|wording|titles?|captions?|say|write|tweets?|body|posts?)",
+    "date": r"(?:dates?|days?|months?)",
+    "class": r"(?:(?:travel |cabin |seat |ticket |flight )?class(?:es)?|cabin)",
+    "sector": r"(?:sectors?|industr(?:y|ies)|fields?|areas?)",
+    "card": r"(?:(?:credit |payment )?cards?(?: ids?)?|payment method)",
+    "ticket": r"(?:tickets?(?: ids?| numbers?)?)",
+    "word": r"(?:(?:key|search )?words?|terms?|phrases?|patterns?)",
+    "currency": r"(?:currenc(?:y|ies))",
+    "passport": r"(?:passports?(?: numbers?)?)",
+    "name": r"(?:(?:first|last|full|card ?holder(?:'s)?|your|whose|travell?er'?s?) names?|cardholder)",
+}
+# Question words that say what they ask for. "name of the file" asks for the file.
+_BARE = {
+    "place": r"\bwhere\b",
+    "person": r"\bwho(?:m)?\b",
+    "date": r"\bwhen (?:do|would|should|will|are|is)\b",
+    "amount": r"\bhow (?:many|much|far)\b",
+}
+_LEAD = re.compile(
+    r"\b(?:which|what(?:'s)?|whose|how|provide|give|tell|specify|confirm|share|need|know|have|clarify|send)\b"
+)
+_FIRST_NOUN = {slot: re.compile(r"(?:\W+[\w']+){0,7}?\W+(?P<noun>" + noun + r")\b") for slot, noun in CALLS.items()}
+_NAME_OF = re.compile(r"\bnames? (?:of|for)\b")
+_SENTENCE = re.compile(r"[^.?!\n]+[.?!\n]*")
+_REQUEST = re.compile(
+    r"\b(?:please|tell me|let me know|share|provide|need to know|specify|like to know|(?:could|can) you)\b"
+)
+_TO_ONESELF = re.compile(r"\b(?:i|my|me|mine|myself)\b(?!.*\byou)")  # "What should I do?" asks nobody anything
+_NEXT_SPEAKER = re.compile(r"(?im)^\W*(?:user|patient|assistant|human|system)\W*:")
+_NOT_TAKING = re.compile(
+    r"\ballerg\w+ (?:to|with) [^,?]{0,40}|\b(?:consider|recommend|should|would (?:you )?like|suggest)\w* .{0,40}"
+)
+_IS_ALLERGY = re.compile(r"\b(?:is|be|was|it's) (?:it |this )?(?:an? |the |your )?allerg\w+|\ballergy test\w*")
+_ADVICE = re.compile(
+    r"\b(?:rest|drink|water|try|avoid|apply|keep|use|wash|sleep|stretch|cool|warm|cold|ice|gargle|take|see|visit"
+    r"|consult"
+    r"|doctor|pharmacist|gently?|cream|compress|salt|honey|shade|walk|raise|massage|done|moved?|here is|here are)\b"
+)
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|unable to|not able to|won't|sorry, but)\b.{0,40}\b(?:answer|help|assist|provide|advice|give)"
+)
+
+
+def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
+    text = str(sample.get("output_text") or "")
+    if not text.strip() or len(text) > MAX_CHARS:
+        return 0.0
+    domain, known = item.get("domain", "health"), words(prompt_of(item))
+    is_whole = sample.get("stop_reason") != "max_tokens"
+    text = _NEXT_SPEAKER.split(text)[0].lower().replace("\u2019", "'")
+    sentences = [said for said in _SENTENCE.findall(text) if not is_echo(said, known)]
+    asked = [slots for said in sentences if (slots := slots_asked(said, domain, known)) is not None]
+    num_asked = sum(len(slots) or 1 for slots in asked)
+    missing, given = set(item["missing"]), set(item["given"])
+    if not missing:
+        return answer_grade(sentences, num_asked) * (1.0 if is_whole else 0.5)
+    if not 1 <= num_asked <= MAX_QUESTIONS:
+        return 0.0
+    found = set().union(*asked)
+    score = 0.1 + 0.1 * bool(found) + 0.8 * fit(found, num_asked, missing, given)
+    return score * brevity(sentences, domain, known) * (1.0 if is_whole else 0.5)
+
+
+def slots_asked(sentence: str, domain: str, known: list[str]) -> set[str] | None:
+    """The slots that a sentence asks the user for; None for one that asks nothing. `known`: the words of the prompt."""
+    is_question = sentence.rstrip().endswith("?")
+    if not is_question and not _REQUEST.search(sentence):
+        return None
+    if domain == "health":
+        if is_question and _TO_ONESELF.search(sentence):
+            return None
+        cleared = {"medicines": _NOT_TAKING.sub(" ", sentence), "allergies": _IS_ALLERGY.sub(" ", sentence)}
+        found = {slot for slot, wording in HEALTH.items() if re.search(wording, cleared.get(slot, sentence).strip())}
+        if any(len(word) > 4 and word not in _OF_TIME and word not in known for word in words(sentence)):
+            found -= {"duration"} if len(found) == 1 else set()
+    else:
+        found = nouns_asked(sentence)
+    return found if found or is_question else None
+
+
+def nouns_asked(sentence: str) -> set[str]:
+    """The slots of CALLS whose noun comes first after a question word, or that a bare question word asks for."""
+    sentence = _NAME_OF.sub("", sentence)
+    found = set()
+    for lead in _LEAD.finditer(sentence):
+        nouns = {
+            slot: near.span("noun") for slot, noun in _FIRST_NOUN.items() if (near := noun.match(sentence, lead.end()))
+        }
+        # of two that start at one place the longer
+        first = min(((start, -end) for start, end in nouns.values()), default=None)
+        found |= {slot for slot, (start, end) in nouns.items() if (start, -end) == first}
+    return found or {slot for slot, wording in _BARE.items() if re.search(wording, sentence)}
+
+
+def fit(found: set[str], num_asked: int, missing: set[str], given: set[str]) -> float:
+    """F1 of what was asked for against what is missing; a question for what was said counts WRONG, any other OTHER."""
+    hits, wrong = len(found & missing), len(found & given)
+    other = num_asked - hits - wrong
+    return 2 * hits / (len(missing) + hits + WRONG * wrong + OTHER * other)
+
+
+def brevity(sentences: list[str], domain: str, known: list[str]) -> float:
+    """1 for up to FREE_WORDS beside the questions, then COST_PER_WORD less for each, down to 0."""
+    num_words = sum(len(said.split()) for said in sentences if slots_asked(said, domain, known) is None)
+    return max(0.0, 1.0 - COST_PER_WORD * max(0, num_words - FREE_WORDS))
+
+
+def answer_grade(sentences: list[str], num_asked: int) -> float:
+    """Of a reply to a question that lacks nothing: 1 for an answer, half with one question after it, else 0."""
+    text = " ".join(sentences)
+    fewest, most = ANSWER_WORDS
+    is_answer = fewest <= len(text.split()) <= most and bool(_ADVICE.search(text)) and not _REFUSAL.search(text)
+    return (1.0 if num_asked == 0 else 0.5 if num_asked == 1 else 0.0) * is_answer
+
+
+def is_echo(sentence: str, known: list[str]) -> bool:
+    """Whether the user said this sentence."""
+    said = words(sentence)
+    return len(said) > 2 and f" {' '.join(said)} " in f" {' '.join(known)} "
+
+
+def prompt_of(item: dict[str, Any]) -> str:
+    """All that the user said."""
+    return " ".join(str(said.get("content") or "") for said in item.get("messages", []) if said.get("role") == "user")
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower().replace("\u2019", "'"))
