@@ -52,18 +52,18 @@ HEALTH = {
     r"|\b(?:do you|have you|any|is there|are there|are you)\b.{0,30}\b(?:fever|temperature|nausea|swelling|swollen"
     r"|dizz\w+|rash|numb\w*|vomit\w*|chills|bleeding|discharge|redness|shortness of breath)\b",
 }
+_WORD = re.compile(r"\w+")
 # "How long have you been an aspirin fan?" asks for nothing that was withheld: longer words must be the user's or these.
 _OF_TIME = frozenset(
-    re.findall(
-        r"\w+",
-        "about aches again already appear appeared approximately around aware began begin bother bothered bothering cause "
-        "coming complaint concern condition could dealing develop developed discomfort duration evening exactly "
-        "experience experienced experiencing feeling felt first following going happen happened happening having hear "
-        "hours issue issues lasted lasting lately long might minutes months morning night nights notice noticed noticing "
-        "occur occurred occurring onset pains please present problem recent recently right roughly share since sorry "
-        "specific start started starting struggling sudden suddenly suffered suffering symptom symptoms tell thank thanks "
-        "there these thing this those today trouble weeks where whether which while would years yesterday",
-    )
+    _WORD.findall("""
+about aches again already appear appeared approximately around aware began begin bother bothered bothering cause
+coming complaint concern condition could dealing develop developed discomfort duration evening exactly experience
+experienced experiencing feeling first following going happen happened happening having hours issue issues lasted
+lasting lately might minutes months morning night nights notice noticed noticing occur occurred occurring onset
+pains please present problem recent recently right roughly share since sorry specific start started starting
+struggling sudden suddenly suffered suffering symptom symptoms thank thanks there these thing those today trouble
+weeks where whether which while would years yesterday
+""")
 )
 # Of somebody who runs tools: the first of these nouns after a question word is what is asked for.
 CALLS = {
@@ -105,7 +105,7 @@ _SENTENCE = re.compile(r"[^.?!\n]+[.?!\n]*")
 _REQUEST = re.compile(
     r"\b(?:please|tell me|let me know|share|provide|need to know|specify|like to know|(?:could|can) you)\b"
 )
-_TO_ONESELF = re.compile(r"\b(?:i|my|me|mine|myself)\b(?!.*\byou)")  # "What should I do?" asks nobody anything
+_TO_ONESELF = re.compile(r"^(?!.*\byou).*\b(?:i|my|me|mine|myself)\b", re.DOTALL)  # "What should I do?" asks nobody anything
 _NEXT_SPEAKER = re.compile(r"(?im)^\W*(?:user|patient|assistant|human|system)\W*:")
 _NOT_TAKING = re.compile(
     r"\ballerg\w+ (?:to|with) [^,?]{0,40}|\b(?:consider|recommend|should|would (?:you )?like|suggest)\w* .{0,40}"
@@ -205,4 +205,4 @@ def prompt_of(item: dict[str, Any]) -> str:
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower().replace("\u2019", "'"))
+    return _WORD.findall(text.lower().replace("\u2019", "'"))
