@@ -23,6 +23,7 @@ HEALTH = {
     r"|\bhow many (?:hours|days|nights|weeks|months|years)(?! old)|\b(?:what|which) (?:day|week|month)\b"
     r"|\bwhen (?:did|was|have|had|were)\b.{0,40}\b(?:star|beg[ai]|first|com|came|noti[cs]|appear|get|feel|occur|happen)"
     r"|\b(?:did|has|have)\b.{0,25}\b(?:start|beg[iu]n|come on|appear)\w*.{0,20}\b(?:recent|today|yesterday|long|sudden)"
+    r"|\bwhen (?:it|this|that|they|you|(?:the|your|these) \w+)\b.{0,20}\b(?:star|beg[aiu]|first|came|noti[cs]|appear)"
     r"|\bhave you had (?:this|it|that|them)\b.{0,12}\b(?:long|while)"
     r"|\b(?:is|are) (?:this|it|these|they) (?:a )?(?:new|recent)",
     "severity": r"\bhow (?:bad|severe|strong|intense|serious|painful|uncomfortable|sore|itchy|troublesome|mild)"
@@ -33,6 +34,7 @@ HEALTH = {
     r"|\bdoes (?:it|this|the pain) (?:keep|stop|wake|hurt|interfere|bother|affect)",
     "age": r"\bhow (?:many years )?old\b(?! (?:is|are) (?:it|this|the|they|your))|\byour (?:current |exact )?age\b"
     r"|\b(?:what|which) age\b|\byou born\b|\bdate of birth|\bbirth (?:year|date)|\bage (?:group|range)"
+    r"|^(?:and )?age\W*$"
     r"|\bare you (?:over|under|above|below|older|younger|an adult|a child|a teen)"
     r"|\bthe age of the (?:patient|person)|\bwhat(?:'s| is) the age\b",
     "medicines": r"\b(?:tak\w+|took|on|us(?:e|ing)|prescribed|(?:what|which|any|other|your) (?:\w+ ){0,2}?)\b.{0,30}?"
@@ -101,14 +103,17 @@ _LEAD = re.compile(
 )
 _FIRST_NOUN = {slot: re.compile(r"(?:\W+[\w']+){0,7}?\W+(?P<noun>" + noun + r")\b") for slot, noun in CALLS.items()}
 _NAME_OF = re.compile(r"\bnames? (?:of|for)\b")
-_SENTENCE = re.compile(r"[^.?!\n]+[.?!\n]*")
+_SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 _REQUEST = re.compile(
     r"\b(?:please|tell me|let me know|share|provide|need to know|specify|like to know|(?:could|can) you)\b"
 )
-_TO_ONESELF = re.compile(r"^(?!.*\byou).*\b(?:i|my|me|mine|myself)\b", re.DOTALL)  # "What should I do?" asks nobody anything
-_NEXT_SPEAKER = re.compile(r"(?im)^\W*(?:user|patient|assistant|human|system)\W*:")
+_TO_ONESELF = re.compile(
+    r"^(?!.*\byou).*\b(?:i|my|me|mine|myself)\b", re.DOTALL
+)  # "What should I do?" asks nobody anything
+_NEXT_SPEAKER = re.compile(r"(?im)^[ \t*#>]{0,8}(?:user|patient|assistant|human|system)[ \t*]{0,8}:")
 _NOT_TAKING = re.compile(
-    r"\ballerg\w+ (?:to|with) [^,?]{0,40}|\b(?:consider|recommend|should|would (?:you )?like|suggest)\w* .{0,40}"
+    r"^(?!.*\b(?:take|taking|taken|use|using|on)\b).*\ballergic\b.*|\ballerg\w+ (?:to|with) [^,?]{0,40}"
+    r"|\b(?:consider|recommend|should|would (?:you )?like|suggest)\w* .{0,40}"
 )
 _IS_ALLERGY = re.compile(r"\b(?:is|be|was|it's) (?:it |this )?(?:an? |the |your )?allerg\w+|\ballergy test\w*")
 _ADVICE = re.compile(
@@ -128,7 +133,7 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     domain, known = item.get("domain", "health"), words(prompt_of(item))
     is_whole = sample.get("stop_reason") != "max_tokens"
     text = _NEXT_SPEAKER.split(text)[0].lower().replace("\u2019", "'")
-    sentences = [said for said in _SENTENCE.findall(text) if not is_echo(said, known)]
+    sentences = [said for said in _SENTENCE_END.split(text) if not is_echo(said, known)]
     asked = [slots for said in sentences if (slots := slots_asked(said, domain, known)) is not None]
     num_asked = sum(len(slots) or 1 for slots in asked)
     missing, given = set(item["missing"]), set(item["given"])
@@ -196,7 +201,7 @@ def answer_grade(sentences: list[str], num_asked: int) -> float:
 def is_echo(sentence: str, known: list[str]) -> bool:
     """Whether the user said this sentence."""
     said = words(sentence)
-    return len(said) > 2 and f" {' '.join(said)} " in f" {' '.join(known)} "
+    return len(said) > 1 and f" {' '.join(said)} " in f" {' '.join(known)} "
 
 
 def prompt_of(item: dict[str, Any]) -> str:
