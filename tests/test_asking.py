@@ -91,7 +91,8 @@ CALLS_WORDINGS = {
     "file": "Which file? | What is the name of the file? | Could you tell me the file name?",
     "place": "Which folder should I copy it to? | Where should I put it? | What is your destination? | Which city?",
     "symbol": "Which stock? | What is the ticker symbol? | Which company do you want to add? | Which symbol is it?",
-    "amount": "How many shares do you want? | What is the price? | How much should it be? | What is your budget?",
+    "amount": "How many shares do you want? | What is the amount? | How much fuel do you need? | How many lines?",
+    "price": "What is the price? | How much should it be? | What is your budget? | What is the limit?",
     "token": "What is your access token? | Could you share your access token? | Please provide the token.",
     "password": "What is your password? | Please share your password. | Can you give me the password?",
     "user": "What is your username? | What is your user id? | Which account should I use?",
@@ -345,7 +346,7 @@ def wheel(tmp_path: Path) -> Path:
 def test_the_withheld_argument_follows_from_what_is_added_later(wheel: Path) -> None:
     files, travel = load_dialogues(wheel)
     assert (files.split, files.given, files.missing) == ("train", ("file",), ("place",))
-    assert (travel.split, travel.given, travel.missing) == ("test", ("amount",), ("token",))
+    assert (travel.split, travel.given, travel.missing) == ("test", ("price",), ("token",))
     rows = dialogue_rows([files, travel])
     assert [len(rows[split]) for split in ("train", "validation", "test")] == [1, 0, 1]
     assert "'old'" not in json.dumps(rows["train"][0]["messages"])

@@ -73,8 +73,9 @@ CALLS = {
     "place": r"(?:(?:sub)?folders?|(?:sub)?director(?:y|ies)|cit(?:y|ies)|airports?|locations?|destinations?"
     r"|places?|towns?|address(?:es)?|zip ?codes?|departure|arrival)",
     "symbol": r"(?:stocks?|compan(?:y|ies)|tickers?|symbols?|shares? of)",
-    "amount": r"(?:amounts?|quantit(?:y|ies)|many|much|number of|shares|prices?|costs?|fees?|budget|limit"
-    r"|lit(?:er|re)s?|gallons?|miles|kilometers?|distance|values?|lines)",
+    "amount": r"(?:amounts?|quantit(?:y|ies)|many|number of|shares|lit(?:er|re)s?|gallons?|miles|kilometers?|distance"
+    r"|lines|much (?:fuel|gas\w*|petrol))",
+    "price": r"(?:prices?|costs?|fees?|budget|limit|values?|much)",
     "token": r"(?:(?:access |authori[sz]ation )?tokens?|access codes?)",
     "password": r"(?:pass ?words?|pass ?phrase|credentials|log ?in details)",
     "user": r"(?:user ?names?|user ids?|accounts?|credentials|log ?in details)",
@@ -96,12 +97,20 @@ _BARE = {
     "place": r"\bwhere\b",
     "person": r"\bwho(?:m)?\b",
     "date": r"\bwhen (?:do|would|should|will|are|is)\b",
-    "amount": r"\bhow (?:many|much|far)\b",
+    "amount": r"\bhow (?:many|far)\b",
 }
-_LEAD = re.compile(
-    r"\b(?:which|what(?:'s)?|whose|how|provide|give|tell|specify|confirm|share|need|know|have|clarify|send)\b"
+# (what asks, how many words may stand between it and the noun)
+_LEADS = (
+    (r"\b(?:which|what(?:'s)?(?! (?:kind|type|sort)s? of)|whose|how(?= (?:many|much|far)))\b", 5),
+    (r"\b(?:provide|give|tell|specify|confirm|share|need|know|have|clarify|send)\b", 3),
 )
-_FIRST_NOUN = {slot: re.compile(r"(?:\W+[\w']+){0,7}?\W+(?P<noun>" + noun + r")\b") for slot, noun in CALLS.items()}
+_ASKING = [
+    (
+        re.compile(lead),
+        {slot: re.compile(rf"(?:\W+[\w']+){{0,{gap}}}?\W+(?P<noun>{noun})\b") for slot, noun in CALLS.items()},
+    )
+    for lead, gap in _LEADS
+]
 _NAME_OF = re.compile(r"\bnames? (?:of|for)\b")
 _SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 _REQUEST = re.compile(
@@ -167,13 +176,12 @@ def nouns_asked(sentence: str) -> set[str]:
     """The slots of CALLS whose noun comes first after a question word, or that a bare question word asks for."""
     sentence = _NAME_OF.sub("", sentence)
     found = set()
-    for lead in _LEAD.finditer(sentence):
-        nouns = {
-            slot: near.span("noun") for slot, noun in _FIRST_NOUN.items() if (near := noun.match(sentence, lead.end()))
-        }
-        # of two that start at one place the longer
-        first = min(((start, -end) for start, end in nouns.values()), default=None)
-        found |= {slot for slot, (start, end) in nouns.items() if (start, -end) == first}
+    for lead, noun_of in _ASKING:
+        for start in (met.end() for met in lead.finditer(sentence)):
+            nouns = {slot: near.span("noun") for slot, noun in noun_of.items() if (near := noun.match(sentence, start))}
+            # of two that start at one place the longer
+            first = min(((start, -end) for start, end in nouns.values()), default=None)
+            found |= {slot for slot, (start, end) in nouns.items() if (start, -end) == first}
     return found or {slot for slot, wording in _BARE.items() if re.search(wording, sentence)}
 
 
