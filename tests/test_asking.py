@@ -24,7 +24,7 @@ from rft.envs.tasks.asking.dialogues import load_dialogues
 from rft.envs.tasks.asking.grader import CALLS, HEALTH, grade, slots_asked
 from rft.envs.tasks.asking.health import CONCERNS, SLOTS, build_questions
 from rft.envs.tasks.asking.healthbench import load_healthbench
-from rft.envs.tasks.asking.rows import EXAMPLES, dialogue_rows, health_rows
+from rft.envs.tasks.asking.rows import EXAMPLES, REPLIES, demonstration_rows, dialogue_rows, health_rows
 from rft.errors import DataError
 from rft.graders import GraderTools, build_grader
 from rft.graders.judge import JudgeConfig, Judges
@@ -303,6 +303,19 @@ def test_each_example_in_the_prompt_asks_for_what_is_missing() -> None:
         assert graded(reply, slot, text=text) == 1.0
 
 
+def test_demonstrations_show_how_to_ask_and_not_what() -> None:
+    for slot, replies in REPLIES.items():
+        assert all(graded(reply, *([slot] if slot else [])) == 1.0 for reply in replies)
+    rows = demonstration_rows(4)
+    assert rows == demonstration_rows(4) and len(rows) == 96
+    said = [item["messages"][-1]["content"] for item in rows]
+    assert set(said) == {reply for replies in REPLIES.values() for reply in replies}
+    by_text = {question.text: question for question in build_questions(CONCERNS["train"], 96, "demonstrations")}
+    asked_of = [(by_text[item["messages"][-2]["content"]], item["messages"][-1]["content"]) for item in rows]
+    right = [graded(reply, *question.missing, given=question.given) >= 0.72 for question, reply in asked_of]
+    assert 0.15 < sum(right) / len(right) < 0.35  # as many as by chance
+
+
 # --- dialogues ---
 
 
@@ -389,11 +402,11 @@ def test_preparing_twice_writes_the_same_bytes(wheel: Path, tmp_path: Path, caps
     for name in ("one", "two"):
         prepare(tmp_path / name)
     files = {path.relative_to(tmp_path / "one"): path.read_bytes() for path in (tmp_path / "one").rglob("*.jsonl")}
-    assert len(files) == 5 and all((tmp_path / "two" / name).read_bytes() == text for name, text in files.items())
+    assert len(files) == 6 and all((tmp_path / "two" / name).read_bytes() == text for name, text in files.items())
     said = capsys.readouterr().out
     assert "160 rows of 8 sources; missing: " in said and "dialogues/validation.jsonl: not written" in said
     for name in files:
-        assert load_items(tmp_path / "one" / name, None)
+        assert name.stem == "demonstrations" or load_items(tmp_path / "one" / name, None)
 
 
 @pytest.mark.slow  # pip is started

@@ -5,11 +5,12 @@ Splits share no source: health questions are split by concern, dialogues by API.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from typing import Any
 
 from rft.envs.tasks.asking.dialogues import Dialogue
-from rft.envs.tasks.asking.health import CONCERNS, Question, build_questions
+from rft.envs.tasks.asking.health import CONCERNS, SLOTS, Question, build_questions
 from rft.types import Split
 
 NUM_ROWS: dict[Split, int] = {"train": 720, "validation": 80, "test": 160}
@@ -29,6 +30,15 @@ EXAMPLES = (
     ("I have sore feet. I am 30. I take vitamin C. I am allergic to milk. Any advice?", "How long have you had it?"),
     ("I have a cold sore. I am 61. It came a week ago. I take aspirin. What can I do?", "Do you have any allergies?"),
 )
+# What a warm-up shows: how to ask for each slot, and how to answer.
+REPLIES = {
+    "duration": ("How long have you had it?", "When did it start?", "How long has it been going on?"),
+    "age": ("How old are you?", "What is your age?", "May I ask your age?"),
+    "medicines": ("Do you take any medicines?", "What medicines do you take?", "Are you taking any medication?"),
+    "allergies": ("Do you have any allergies?", "Are you allergic to anything?", "What are you allergic to?"),
+    "": ("Rest for a few days and drink plenty of water.", "Try a warm compress, and see a doctor if it gets worse."),
+}
+_NUM_DEMONSTRATIONS = 96
 DIALOGUE_EXAMPLE = (("Rename my newest photo.", "What should the new name be?"),)
 
 
@@ -38,6 +48,20 @@ def health_rows(num_examples: int) -> dict[Split, list[dict[str, Any]]]:
         split: [_health_row(question, num_examples) for question in build_questions(CONCERNS[split], num, split)]
         for split, num in NUM_ROWS.items()
     }
+
+
+def demonstration_rows(num_examples: int) -> list[dict[str, Any]]:
+    """Questions with a reply that does not look at what is missing: any slot is asked for, or an answer is given.
+
+    A warm-up on them teaches how to ask, not what: that is left to the training.
+    """
+    chooser = random.Random("replies")
+    rows = []
+    for question in build_questions(CONCERNS["train"], _NUM_DEMONSTRATIONS, "demonstrations"):
+        reply = chooser.choice(REPLIES[chooser.choice((*SLOTS, ""))])
+        row = _health_row(question, num_examples)
+        rows.append({"messages": [*row["messages"], _message("assistant", reply)]})
+    return rows
 
 
 def dialogue_rows(dialogues: Iterable[Dialogue]) -> dict[Split, list[dict[str, Any]]]:
