@@ -135,6 +135,9 @@ def test_every_slot_has_wordings() -> None:
     """What should I do? | How long should I wait? | Would you like a prescription? | Can you tell me more?
     Is there anything else you'd like to know? | How long will it take? | Have you considered a new medicine?
     How long have you been crazy about aspirin? | Is it an allergy? | How can I help you? | How old is this advice?
+    Do you have any ingredients in the medicine? | How is your skin responding to the allergen?
+    Does a shellfish allergy exist? | Is it caused by the allergy to nuts? | Do you take any neurotoxins?
+    What is the nature of your allergy? | Do you have a shellfish allergy? | Did the medicine help?
     Would you like to hear about medication? | How long have you been affected by toxins?""".replace("\n", "|").split(
         "|"
     ),
@@ -224,7 +227,13 @@ def test_a_question_that_lacks_nothing_is_to_be_answered() -> None:
     answer = "Rest for a few days and drink plenty of warm water."
     assert graded(answer) == 1.0
     assert graded(f"{answer} Does it feel any better today?") == 0.5
-    for text in (*QUESTION_FOR.values(), "I cannot answer this question.", "Nose.", "Yes yes yes yes yes yes yes."):
+    for text in (
+        *QUESTION_FOR.values(),
+        "I cannot answer this question.",
+        "Nose.",
+        "You are allergic to salt and water, it is true, I know.",
+        "Yes yes yes yes yes yes yes.",
+    ):
         assert graded(text) == 0.0
     assert graded("I have a runny nose. What helps?") == 0.0
 

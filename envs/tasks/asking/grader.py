@@ -16,6 +16,10 @@ COST_PER_WORD = 0.02  # of every further one
 ANSWER_WORDS = (6, 60)
 WRONG, OTHER = 1.5, 0.5  # weights of a question for what was said, and of one that is about no slot
 
+_MEDICINE = (
+    r"(?:medic(?:ines?|ations?|aments?)|meds|drugs?|tablets?|pills?|prescriptions?|pain ?killers?|supplements?"
+    r"|vitamins?)\b"
+)
 # Wordings of a question for each slot, searched in one sentence, lower case, that asks the user.
 HEALTH = {
     "duration": r"\bhow (?:long(?! (?:should|will|would|can|until|before|do i))|recent)|\bsince when|\bduration"
@@ -37,17 +41,20 @@ HEALTH = {
     r"|^(?:and )?age\W*$"
     r"|\bare you (?:over|under|above|below|older|younger|an adult|a child|a teen)"
     r"|\bthe age of the (?:patient|person)|\bwhat(?:'s| is) the age\b",
-    "medicines": r"\b(?:tak\w+|took|on|us(?:e|ing)|prescribed|(?:what|which|any|other|your) (?:\w+ ){0,2}?)\b.{0,30}?"
-    r"\b(?:medic(?:ines?|ations?|aments?)|meds|drugs?|tablets?|pills?|prescriptions?|pain ?killers?|supplements?"
-    r"|vitamins?)\b"
-    r"|\b(?:are|do) you (?:currently |already |regularly |also )?(?:take|taking|on|using|use) (?:any(?:thing)?"
-    r"|something)\b"
+    "medicines": r"\b(?:tak(?:e|ing|en)|took|on|us(?:e|ed|ing)|prescribed?)\b(?: (?!in\b)\w+){0,4}? "
+    + _MEDICINE
+    + r"|\b(?:what|which|any|other|list|about|share)(?: (?:kind|type|sort)s? of)?(?: (?!in\b|the\b|to\b|of\b)\w+){0,2} "
+    + _MEDICINE
+    + r"|^(?:and )?"
+    + _MEDICINE
+    + r"|\b(?:are|do) you (?:currently |already |regularly |also )?(?:take|taking|on|using|use) (?:any|some)thing\b"
     r"|\bwhat (?:are you|do you|have you been) (?:currently |already |regularly )?(?:tak(?:e|ing)|on)\b"
     r"|\bon any treatment",
-    "allergies": r"\b(?:do|are|have|any|known|what|which|your|a|list|some|other|about|history"
-    r"|with)\b.{0,40}?\ballerg\w+"
-    r"|\ballerg(?:ies|y|ic)\b.{0,20}\b(?:do|are|have) you|^allergies\b"
-    r"|\b(?:bad reaction|react(?:ed)? (?:badly|to)|intoleran\w+|sensitiv\w+ to)",
+    "allergies": r"\ballerg(?:y|ies|ic reactions?)\W*$|\b(?:any|known|other|have|your|about|of)(?: \w+)? allergies\b"
+    r"|\bany(?: \w+)? allergy\b|\bhistory of (?:\w+ )?allerg"
+    r"|\ballergic to (?:any|anything|something|what|certain|medic\w+|drugs?|foods?)\b"
+    r"|\b(?:what|anything|any|foods?|drugs?|something)\b.{0,30}\b(?:you(?:'re| are)|are you) allergic\b"
+    r"|\breact(?:ed)? badly|\bbad reactions?\b|\bintoleran(?:t to|ces?)",
     "symptoms": r"\b(?:other|any|what|which|more|further|your|additional|else)\b.{0,20}\b(?:symptoms?|signs"
     r"|complaints)\b"
     r"|\banything else (?:wrong|bother|hurt|going on|you (?:feel|have noticed|notice)|unusual)|\bhow else do you feel"
@@ -124,11 +131,15 @@ _NOT_TAKING = re.compile(
     r"^(?!.*\b(?:take|taking|taken|use|using|on)\b).*\ballergic\b.*|\ballerg\w+ (?:to|with) [^,?]{0,40}"
     r"|\b(?:consider|recommend|should|would (?:you )?like|suggest)\w* .{0,40}"
 )
-_IS_ALLERGY = re.compile(r"\b(?:is|be|was|it's) (?:it |this )?(?:an? |the |your )?allerg\w+|\ballergy test\w*")
+_IS_ALLERGY = re.compile(
+    r"\b(?:is|be|was|it's) (?:it |this |that )?(?:an? |the |your )?allerg\w+|\ballergy test\w*|\ballergy to \w+"
+    r"|\b(?:nature|kind|type|sort|cause) of (?:an? |your |the )?allerg\w+|\bhow (?:\w+ ){1,2}your allerg\w+"
+    r"|\b(?!an\b|any\b|your\b|known\b|have\b|other\b|or\b|and\b|particular\b|food\b|drug\b|medicine\b)\w+ allergy\b"
+)
 _ADVICE = re.compile(
-    r"\b(?:rest|drink|water|try|avoid|apply|keep|use|wash|sleep|stretch|cool|warm|cold|ice|gargle|take|see|visit"
-    r"|consult"
-    r"|doctor|pharmacist|gently?|cream|compress|salt|honey|shade|walk|raise|massage|done|moved?|here is|here are)\b"
+    r"(?:^|[.,;:!]|\b(?:you (?:can|should|could|might|may)|please|and|then|or|to|(?:recommend|suggest)(?: that)?"
+    r"(?: you)?))\s*(?:rest|drink|try|avoid|apply|keep|use|wash|sleep|stretch|gargle|take|see|visit"
+    r"|consult|talk to|raise|massage|put|eat|stay|wear|go to|call|done|moved?|here (?:is|are))\b"
 )
 _REFUSAL = re.compile(
     r"\b(?:cannot|can't|unable to|not able to|won't|sorry, but)\b.{0,40}\b(?:answer|help|assist|provide|advice|give)"
