@@ -193,6 +193,7 @@ BARRAGES = (
     "Please tell me your age, how long it lasted and any medicines you take.",
     "Age? Duration? Allergies? Medicines?",
     "How long have you had it? " * 4,
+    "How old are you, what do you eat, where do you live, and do you smoke?",
 )
 
 
@@ -217,6 +218,8 @@ def test_a_barrage_pays_nothing(text: str, missing: tuple[str, ...]) -> None:
         ("Is anything missing?", 0.1),
         ("Please tell me everything that you left out.", 0.0),
         ("How old are you?" + " Indeed." * 300, 0.0),
+        ("How old are you" + " really" * 60 + "?", 0.2),
+        ("How old are you, and what is your shoe size?", 0.85),
     ],
 )
 def test_tricks_pay_little(text: str, highest: float) -> None:

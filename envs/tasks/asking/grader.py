@@ -12,7 +12,8 @@ from typing import Any
 MAX_CHARS = 1200  # a longer reply gets 0 before any pattern sees it
 MAX_QUESTIONS = 2
 FREE_WORDS = 12  # of courtesy and advice beside the questions
-COST_PER_WORD = 0.02  # of every further one
+QUESTION_WORDS = 20  # that one question sentence may have
+COST_PER_WORD = 0.02  # of every word beyond these
 ANSWER_WORDS = (6, 60)
 WRONG, OTHER = 1.5, 0.5  # weights of a question for what was said, and of one that is about no slot
 
@@ -123,9 +124,11 @@ _SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 _REQUEST = re.compile(
     r"\b(?:please|tell me|let me know|share|provide|need to know|specify|like to know|(?:could|can) you)\b"
 )
-_TO_ONESELF = re.compile(
-    r"^(?!.*\byou).*\b(?:i|my|me|mine|myself)\b", re.DOTALL
-)  # "What should I do?" asks nobody anything
+_TO_ONESELF = re.compile(r"^(?!.*\byou).*\b(?:i|my|me|mine|myself)\b", re.DOTALL)  # "What should I do?"
+_CLAUSE = re.compile(  # each is a question of its own, also in one sentence
+    r"(?:^|[,;:]|\b(?:and|or)\b)\s*(?:and |or )?"
+    r"(?:how|what|when|which|where|who|why|(?:do|did|are|have|were|can|will) you|is there|are there|does it)\b"
+)
 _NEXT_SPEAKER = re.compile(r"(?im)^[ \t*#>]{0,8}(?:user|patient|assistant|human|system)[ \t*]{0,8}:")
 _NOT_TAKING = re.compile(
     r"^(?!.*\b(?:take|taking|taken|use|using|on)\b).*\ballergic\b.*|\ballerg\w+ (?:to|with) [^,?]{0,40}"
@@ -154,16 +157,16 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     is_whole = sample.get("stop_reason") != "max_tokens"
     text = _NEXT_SPEAKER.split(text)[0].lower().replace("\u2019", "'")
     sentences = [said for said in _SENTENCE_END.split(text) if not is_echo(said, known)]
-    asked = [slots for said in sentences if (slots := slots_asked(said, domain, known)) is not None]
-    num_asked = sum(len(slots) or 1 for slots in asked)
+    asked = [(said, slots) for said in sentences if (slots := slots_asked(said, domain, known)) is not None]
+    num_asked = sum(max(len(slots), len(_CLAUSE.findall(said)), 1) for said, slots in asked)
     missing, given = set(item["missing"]), set(item["given"])
     if not missing:
         return answer_grade(sentences, num_asked) * (1.0 if is_whole else 0.5)
     if not 1 <= num_asked <= MAX_QUESTIONS:
         return 0.0
-    found = set().union(*asked)
+    found = set().union(*(slots for _, slots in asked))
     score = 0.1 + 0.1 * bool(found) + 0.8 * fit(found, num_asked, missing, given)
-    return score * brevity(sentences, domain, known) * (1.0 if is_whole else 0.5)
+    return score * brevity(sentences, [said for said, _ in asked]) * (1.0 if is_whole else 0.5)
 
 
 def slots_asked(sentence: str, domain: str, known: list[str]) -> set[str] | None:
@@ -203,10 +206,11 @@ def fit(found: set[str], num_asked: int, missing: set[str], given: set[str]) -> 
     return 2 * hits / (len(missing) + hits + WRONG * wrong + OTHER * other)
 
 
-def brevity(sentences: list[str], domain: str, known: list[str]) -> float:
-    """1 for up to FREE_WORDS beside the questions, then COST_PER_WORD less for each, down to 0."""
-    num_words = sum(len(said.split()) for said in sentences if slots_asked(said, domain, known) is None)
-    return max(0.0, 1.0 - COST_PER_WORD * max(0, num_words - FREE_WORDS))
+def brevity(sentences: list[str], questions: list[str]) -> float:
+    """1 for FREE_WORDS beside the questions and QUESTION_WORDS in each, then COST_PER_WORD less a word, down to 0."""
+    beside = sum(len(said.split()) for said in sentences) - sum(len(said.split()) for said in questions)
+    too_long = sum(max(0, len(said.split()) - QUESTION_WORDS) for said in questions)
+    return max(0.0, 1.0 - COST_PER_WORD * (max(0, beside - FREE_WORDS) + too_long))
 
 
 def answer_grade(sentences: list[str], num_asked: int) -> float:
