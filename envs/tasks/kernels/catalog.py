@@ -1,7 +1,7 @@
 """The kernels: 100 C functions in 22 families, each with a signature, a sentence, a naive version and its shapes.
 
-Owns what is right and on which shapes that is asked. Standard library only, deterministic; nothing here is ever shown to
-a model but signature, sentence and, with a fault in it, the naive version of a repair prompt.
+Owns what is right and on which shapes that is asked. Deterministic. A model is shown signature and sentence, and in a
+repair prompt the naive version with a fault in it; nothing else. It is a table, hence its length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 Shape = tuple[int, ...]
 _LENGTHS = ((5,), (16,)), ((0,), (1,), (7,), (33,), (100,)), (150_000,)
-_NOT_EMPTY = ((5,), (16,)), ((1,), (7,), (33,), (100,)), (150_000,)
+_NOT_EMPTY = ((5,), (16,)), ((1,), (2,), (2,), (2,), (2,), (2,), (3,), (7,), (33,), (100,)), (150_000,)
 _GRIDS = ((3, 4), (8, 8)), ((1, 1), (1, 7), (7, 1), (5, 3), (17, 33)), (600, 600)
 
 
@@ -85,7 +85,14 @@ class Kernel:
         floats = [(-1) ** i * (1 + (seed >> 8 * i) % 8) / 4 for i in range(len(self.floats))][::-1]
         outs = [size for size, pointer in zip(sizes, self.pointers, strict=True) if pointer.is_out]
         trivial = not any(outs)
-        return {"seed": seed, "scale": 1.0, "sizes": sizes, "floats": floats, "ints": list(shape), "is_trivial": trivial}
+        return {
+            "seed": seed,
+            "scale": 1.0,
+            "sizes": sizes,
+            "floats": floats,
+            "ints": list(shape),
+            "is_trivial": trivial,
+        }
 
 
 Y, X = Pointer("y", is_out=True), Pointer("x")
@@ -198,7 +205,11 @@ def _scans() -> Iterator[Kernel]:
         ("prefix_sum", f"float s = 0; {EACH}{{ s += x[i]; y[i] = s; }}", "y[i] is the sum of x[0] to x[i]"),
         ("exclusive_sum", f"float s = 0; {EACH}{{ y[i] = s; s += x[i]; }}", "y[i] is the sum of x[0] to x[i - 1]"),
         ("prefix_squares", f"float s = 0; {EACH}{{ s += x[i] * x[i]; y[i] = s; }}", "y[i] sums x[0]^2 to x[i]^2"),
-        ("smooth", f"float s = 0; {EACH}{{ s = 0.5f * (s + x[i]); y[i] = s; }}", "y[i] is (y[i - 1] + x[i]) / 2, y[-1] is 0"),
+        (
+            "smooth",
+            f"float s = 0; {EACH}{{ s = 0.5f * (s + x[i]); y[i] = s; }}",
+            "y[i] is (y[i - 1] + x[i]) / 2, y[-1] is 0",
+        ),
     ]
     for name, body, sentence in rows:
         yield Kernel(name, "scan", sentence, body, (Y, X), lambda n: [n, n], _LENGTHS)
@@ -223,8 +234,20 @@ def _moves() -> Iterator[Kernel]:
 def _neighbours() -> Iterator[Kernel]:
     rows: list[tuple[str, str, str, str, int]] = [
         ("stencil", "difference", "x[i + 1] - x[i]", "y[i] is x[i + 1] - x[i]; x has n + 1 numbers", 1),
-        ("stencil", "laplace", "x[i] - 2 * x[i + 1] + x[i + 2]", "y[i] is x[i] - 2 * x[i + 1] + x[i + 2]; x has n + 2", 2),
-        ("stencil", "blur", "(x[i] + x[i + 1] + x[i + 2]) / 3", "y[i] is the mean of x[i], x[i + 1], x[i + 2]; x has n + 2", 2),
+        (
+            "stencil",
+            "laplace",
+            "x[i] - 2 * x[i + 1] + x[i + 2]",
+            "y[i] is x[i] - 2 * x[i + 1] + x[i + 2]; x has n + 2",
+            2,
+        ),
+        (
+            "stencil",
+            "blur",
+            "(x[i] + x[i + 1] + x[i + 2]) / 3",
+            "y[i] is the mean of x[i], x[i + 1], x[i + 2]; x has n + 2",
+            2,
+        ),
         ("stencil", "central", "0.5f * (x[i + 2] - x[i])", "y[i] is half of x[i + 2] - x[i]; x has n + 2 numbers", 2),
     ]
     for family, name, value, sentence, more in rows:
@@ -243,58 +266,163 @@ def _neighbours() -> Iterator[Kernel]:
     inner = "for (int i = 0; i < n; i++) {{ float s = 0; for (int j = 0; j < m; j++) s += {value}; y[i] = {result}; }}"
     filters = [
         ("correlate", (Y, A, B), "a[i + j] * b[j]", "s", "y[i] is the sum over j < m of a[i + j] * b[j]"),
-        ("convolve", (Y, A, B), "a[i + m - 1 - j] * b[j]", "s", "y[i] is the sum over j < m of a[i + m - 1 - j] * b[j]"),
+        (
+            "convolve",
+            (Y, A, B),
+            "a[i + m - 1 - j] * b[j]",
+            "s",
+            "y[i] is the sum over j < m of a[i + m - 1 - j] * b[j]",
+        ),
         ("moving_sum", (Y, X), "x[i + j]", "s", "y[i] is the sum of the m numbers from x[i] on"),
         ("moving_mean", (Y, X), "x[i + j]", "s / m", "y[i] is the mean of the m numbers from x[i] on"),
     ]
     for name, pointers, value, result, sentence in filters:
-        sizes = lambda n, m, two=len(pointers) == 3: [n, n + m - 1] + [m] * two  # noqa: E731
+        num_filters = len(pointers) - 2
         body = inner.format(value=value, result=result)
-        yield Kernel(name, "filter", f"{sentence}", body, pointers, sizes, shapes, ints=("n", "m"))
+        yield Kernel(name, "filter", sentence, body, pointers, _filter_sizes(num_filters), shapes, ints=("n", "m"))
+
+
+def _filter_sizes(num_filters: int) -> Callable[..., list[int]]:
+    return lambda n, m: [n, n + m - 1, *[m] * num_filters]
 
 
 def _grids() -> Iterator[Kernel]:
     """Matrices of m rows and n columns, row after row."""
     rows: list[tuple[str, str, str, str, str]] = [
         ("grid", "transpose", f"{TWICE}y[j * m + i] = x[i * n + j];", "y is the transpose of the m x n matrix x", "mn"),
-        ("grid", "flip_rows", f"{TWICE}y[i * n + j] = x[(m - 1 - i) * n + j];", "y is the m x n matrix x, last row first", "mn"),
-        ("grid", "flip_columns", f"{TWICE}y[i * n + j] = x[i * n + n - 1 - j];", "y is the m x n matrix x, last column first", "mn"),
+        (
+            "grid",
+            "flip_rows",
+            f"{TWICE}y[i * n + j] = x[(m - 1 - i) * n + j];",
+            "y is the m x n matrix x, last row first",
+            "mn",
+        ),
+        (
+            "grid",
+            "flip_columns",
+            f"{TWICE}y[i * n + j] = x[i * n + n - 1 - j];",
+            "y is the m x n matrix x, last column first",
+            "mn",
+        ),
         ("rows", "row_sums", "x[i * n + j]|s", "y[i] is the sum of row i of the m x n matrix x", "m"),
-        ("rows", "row_squares", "x[i * n + j] * x[i * n + j]|s", "y[i] is the sum of squares of row i of the m x n matrix x", "m"),
-        ("rows", "row_norms", "x[i * n + j] * x[i * n + j]|sqrtf(s)", "y[i] is the Euclidean norm of row i of the m x n matrix x", "m"),
+        (
+            "rows",
+            "row_squares",
+            "x[i * n + j] * x[i * n + j]|s",
+            "y[i] is the sum of squares of row i of the m x n matrix x",
+            "m",
+        ),
+        (
+            "rows",
+            "row_norms",
+            "x[i * n + j] * x[i * n + j]|sqrtf(s)",
+            "y[i] is the Euclidean norm of row i of the m x n matrix x",
+            "m",
+        ),
         ("rows", "row_means", "x[i * n + j]|s / n", "y[i] is the mean of row i of the m x n matrix x", "m"),
     ]
     for family, name, code, sentence, size in rows:
         value, _, result = code.partition("|")
-        loop = f"for (int i = 0; i < m; i++) {{ float s = 0; for (int j = 0; j < n; j++) s += {value}; y[i] = {result}; }}"
+        loop = (
+            f"for (int i = 0; i < m; i++) {{ float s = 0; for (int j = 0; j < n; j++) s += {value}; y[i] = {result}; }}"
+        )
         sizes = lambda m, n, whole=size == "mn": [m * n if whole else m, m * n]  # noqa: E731
         yield Kernel(name, family, sentence, loop if result else code, (Y, X), sizes, _GRIDS, ints=("m", "n"))
     loop = "for (int i = 0; i < m; i++) {{ float s = 0; for (int j = 0; j < n; j++) s += a[{at}] * x[j]; y[i] = s; }}"
-    for name, at, text in (("matvec", "i * n + j", "the m x n matrix a"), ("matvec_transposed", "j * m + i", "the transpose of the n x m matrix a")):
-        yield Kernel(name, "matvec", f"y is {text} times the vector x", loop.format(at=at), (Y, A, X), lambda m, n: [m, m * n, n], _GRIDS, ints=("m", "n"))
-    yield Kernel("outer", "matvec", "y[i * n + j] is a[i] * b[j], for m numbers a and n numbers b", f"{TWICE}y[i * n + j] = a[i] * b[j];", (Y, A, B), lambda m, n: [m * n, m, n], _GRIDS, ints=("m", "n"))
+    for name, at, text in (
+        ("matvec", "i * n + j", "the m x n matrix a"),
+        ("matvec_transposed", "j * m + i", "the transpose of the n x m matrix a"),
+    ):
+        yield Kernel(
+            name,
+            "matvec",
+            f"y is {text} times the vector x",
+            loop.format(at=at),
+            (Y, A, X),
+            lambda m, n: [m, m * n, n],
+            _GRIDS,
+            ints=("m", "n"),
+        )
+    yield Kernel(
+        "outer",
+        "matvec",
+        "y[i * n + j] is a[i] * b[j], for m numbers a and n numbers b",
+        f"{TWICE}y[i * n + j] = a[i] * b[j];",
+        (Y, A, B),
+        lambda m, n: [m * n, m, n],
+        _GRIDS,
+        ints=("m", "n"),
+    )
     shapes = ((2, 3, 4), (8, 8, 8)), ((1, 1, 1), (1, 5, 3), (7, 1, 2), (5, 6, 7), (17, 9, 33)), (96, 96, 96)
-    product = "for (int i = 0; i < m; i++) for (int j = 0; j < n; j++) {{ float s = 0; for (int l = 0; l < k; l++) s += {a} * {b}; y[i * n + j] = s; }}"
+    product = (
+        "for (int i = 0; i < m; i++) for (int j = 0; j < n; j++) "
+        "{{ float s = 0; for (int l = 0; l < k; l++) s += {a} * {b}; y[i * n + j] = s; }}"
+    )
     products = [
         ("matmul", "a[i * k + l]", "b[l * n + j]", "y (m x n) is a (m x k) times b (k x n)"),
         ("matmul_nt", "a[i * k + l]", "b[j * k + l]", "y (m x n) is a (m x k) times the transpose of b (n x k)"),
         ("matmul_tn", "a[l * m + i]", "b[l * n + j]", "y (m x n) is the transpose of a (k x m) times b (k x n)"),
     ]
     for name, a, b, sentence in products:
-        yield Kernel(name, "matmul", sentence, product.format(a=a, b=b), (Y, A, B), lambda m, n, k: [m * n, m * k, k * n], shapes, ints=("m", "n", "k"))
+        yield Kernel(
+            name,
+            "matmul",
+            sentence,
+            product.format(a=a, b=b),
+            (Y, A, B),
+            lambda m, n, k: [m * n, m * k, k * n],
+            shapes,
+            ints=("m", "n", "k"),
+        )
 
 
 def _norms() -> Iterator[Kernel]:
     top = "float t = x[0]; for (int i = 1; i < n; i++) t = fmaxf(t, x[i]); "
     squares = f"float s = 0; {EACH}s += x[i] * x[i]; "
     rows = [
-        ("softmax", "softmax", f"{top}float s = 0; {EACH}s += y[i] = expf(x[i] - t); {EACH}y[i] /= s;", "y is the softmax of x, also for large x"),
-        ("softmax", "log_softmax", f"{top}float s = 0; {EACH}s += expf(x[i] - t); {EACH}y[i] = x[i] - t - logf(s);", "y is the logarithm of the softmax of x, also for large x"),
-        ("norm", "rmsnorm", f"{squares}s = sqrtf(s / n + 1e-5f); {EACH}y[i] = x[i] / s;", "y[i] is x[i] / sqrt(mean of the squares + 1e-5)"),
-        ("norm", "unit_length", f"{squares}{EACH}y[i] = x[i] / sqrtf(s + 1e-5f);", "y[i] is x[i] / sqrt(sum of the squares + 1e-5)"),
-        ("norm", "center", f"float s = 0; {EACH}s += x[i]; {EACH}y[i] = x[i] - s / n;", "y[i] is x[i] minus the mean of x"),
-        ("norm", "share", f"float s = 1; {EACH}s += fabsf(x[i]); {EACH}y[i] = x[i] / s;", "y[i] is x[i] / (1 + the sum of the absolute values of x)"),
-        ("norm", "layernorm", f"float s = 0, v = 0; {EACH}s += x[i] / n; {EACH}v += (x[i] - s) * (x[i] - s) / n; {EACH}y[i] = (x[i] - s) / sqrtf(v + 1e-5f);", "y[i] is (x[i] - mean) / sqrt(variance + 1e-5)"),
+        (
+            "softmax",
+            "softmax",
+            f"{top}float s = 0; {EACH}s += y[i] = expf(x[i] - t); {EACH}y[i] /= s;",
+            "y is the softmax of x, also for large x",
+        ),
+        (
+            "softmax",
+            "log_softmax",
+            f"{top}float s = 0; {EACH}s += expf(x[i] - t); {EACH}y[i] = x[i] - t - logf(s);",
+            "y is the logarithm of the softmax of x, also for large x",
+        ),
+        (
+            "norm",
+            "rmsnorm",
+            f"{squares}s = sqrtf(s / n + 1e-5f); {EACH}y[i] = x[i] / s;",
+            "y[i] is x[i] / sqrt(mean of the squares + 1e-5)",
+        ),
+        (
+            "norm",
+            "unit_length",
+            f"{squares}{EACH}y[i] = x[i] / sqrtf(s + 1e-5f);",
+            "y[i] is x[i] / sqrt(sum of the squares + 1e-5)",
+        ),
+        (
+            "norm",
+            "center",
+            f"float s = 0; {EACH}s += x[i]; {EACH}y[i] = x[i] - s / n;",
+            "y[i] is x[i] minus the mean of x",
+        ),
+        (
+            "norm",
+            "share",
+            f"float s = 1; {EACH}s += fabsf(x[i]); {EACH}y[i] = x[i] / s;",
+            "y[i] is x[i] / (1 + the sum of the absolute values of x)",
+        ),
+        (
+            "norm",
+            "layernorm",
+            f"float s = 0, v = 0; {EACH}s += x[i] / n; {EACH}v += (x[i] - s) * (x[i] - s) / n; "
+            f"{EACH}y[i] = (x[i] - s) / sqrtf(v + 1e-5f);",
+            "y[i] is (x[i] - mean) / sqrt(variance + 1e-5)",
+        ),
     ]
     for family, name, body, sentence in rows:
         yield Kernel(name, family, sentence, body, (Y, X), lambda n: [n, n], _NOT_EMPTY, is_stable=family == "softmax")
@@ -304,12 +432,25 @@ def _histograms() -> Iterator[Kernel]:
     x, counts = Pointer("x", is_int=True, low=0, high=8), Pointer("y", is_out=True, is_int=True)
     clear = "for (int i = 0; i < 8; i++) y[i] = 0; "
     rows = [
-        ("histogram", f"{clear}{EACH}y[x[i]]++;", "y[k] is how many of x are k, for k from 0 to 7", (counts, x), [8]),
-        ("coarse_histogram", f"for (int i = 0; i < 4; i++) y[i] = 0; {EACH}y[x[i] / 2]++;", "y[k] is how many of x are 2 * k or 2 * k + 1, for k from 0 to 3; x is from 0 to 7", (counts, x), [4]),
-        ("weighted_histogram", f"{clear}{EACH}y[x[i]] += a[i];", "y[k] is the sum of a[i] where x[i] is k, for k from 0 to 7", (Y, x, A), [8]),
+        ("histogram", f"{clear}{EACH}y[x[i]]++;", "y[k] is how many of x are k, for k from 0 to 7", (counts, x), 8),
+        (
+            "coarse_histogram",
+            f"for (int i = 0; i < 4; i++) y[i] = 0; {EACH}y[x[i] / 2]++;",
+            "y[k] is how many of x are 2 * k or 2 * k + 1, for k from 0 to 3; x is from 0 to 7",
+            (counts, x),
+            4,
+        ),
+        (
+            "weighted_histogram",
+            f"{clear}{EACH}y[x[i]] += a[i];",
+            "y[k] is the sum of a[i] where x[i] is k, for k from 0 to 7",
+            (Y, x, A),
+            8,
+        ),
     ]
     for name, body, sentence, pointers, first in rows:
-        sizes = lambda n, first=first, more=len(pointers) - 1: [*first, *[n] * more]  # noqa: E731
+        num_inputs = len(pointers) - 1
+        sizes = lambda n, first=first, num_inputs=num_inputs: [first, *[n] * num_inputs]  # noqa: E731
         yield Kernel(name, "histogram", sentence, body, pointers, sizes, _LENGTHS)
 
 
