@@ -325,7 +325,7 @@ ESCAPES = {
     "reference": 'open("/scratch/reference.so", 0) >= 0 || open("/scratch/judge", 0) >= 0',
     "the judge's pipes": 'open_other("fd/1") || open_other("exe") || open_other("environ")',
     "priority": "setpriority(0, 0, -20) == 0 || nice(-5) == -5",
-    "clock": "settimeofday(0, 0) == 0",
+    "clock": "clock_settime(0, &(struct timespec){0}) == 0",
 }
 BEFORE = """
 #include <fcntl.h>
@@ -335,7 +335,7 @@ BEFORE = """
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/time.h>
+#include <time.h>
 #include <unistd.h>
 static int open_other(const char *name) {
     int own = open("/proc/self/stat", 0);

@@ -12,12 +12,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError
 from rft.sandbox import CodeError, Sandbox, SandboxError
 
 GRADER_SOURCE = (Path(__file__).parent / "grader.py").read_text(encoding="utf-8")
 _MAX_CHARS = 240  # of what a compiler says; the first line is what helps
 _CALL_S = 60.0
+_CURE = "Linux with namespaces and seccomp, and a C compiler: apt-get install gcc libc6-dev"
 _num_users = 0
 _pool: Sandbox | None = None
 
@@ -58,11 +60,19 @@ class Kernel:
             await pool.close()
 
     async def _try_out(self, code: str, is_run: bool) -> dict[str, Any]:
-        """What grader.py's `try_out` finds. Raises ToolError when it is the sandbox that failed."""
+        """What grader.py's `try_out` finds.
+
+        Raises ArgumentError when code met a limit of the sandbox, ToolError when the sandbox failed or lacks something.
+        """
         try:
             found = await self._sandbox().call(self._item, code, is_run)
-        except (CodeError, SandboxError) as error:  # the code of the sandbox's source is ours: a failure is the world's
-            raise ToolError(f"kernels: {str(error).strip().splitlines()[-1]}") from None
+        except CodeError as error:
+            said = error.detail.strip().splitlines()[-1]
+            if said.startswith(("MemoryError", "TimeoutError")):
+                raise ArgumentError(f"the code was ended: {said}") from None
+            raise ToolError(f"kernels: {error.detail.strip()}", cure=_CURE) from None
+        except SandboxError as error:
+            raise ToolError(f"kernels: {error}") from None
         assert isinstance(found, dict)
         return found
 

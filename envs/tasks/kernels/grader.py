@@ -368,7 +368,7 @@ def execute(command: list[str], text: str, limit_s: float) -> tuple[int, str, st
 
 
 def set_limits() -> None:
-    for kind, limit in ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20)):
+    for kind, limit in ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20), (resource.RLIMIT_AS, 1 << 30)):
         resource.setrlimit(kind, (limit, limit))
 
 
