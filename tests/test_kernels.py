@@ -39,10 +39,11 @@ from rft.envs.tasks.kernels.rows import (
     repair_row,
     write_row,
 )
+from rft.errors import ToolError
 from rft.grader_probes import probe
 from rft.graders import build_grader
 from rft.graders.run import validate
-from rft.sandbox import Sandbox
+from rft.sandbox import CodeError, Sandbox
 from rft.types import Item, Message, ToolCall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -421,6 +422,18 @@ def test_run_says_what_is_wrong() -> None:
 def test_compile_says_what_the_compiler_says() -> None:
     fine, broken, hostile = tried("relu", RELU.naive, "int x", "\x00 \ud800 #include </etc/passwd>", tool="compile")
     assert fine == "compiles" and broken.startswith("does not compile: ") and hostile.startswith("does not compile: ")
+
+
+def test_a_missing_compiler_names_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hidden = GRADER_SOURCE.replace("/usr/local/bin:/usr/bin:/bin", "/nowhere")
+    monkeypatch.setattr(task, "GRADER_SOURCE", hidden)
+    with pytest.raises(CodeError, match="apt-get install gcc"):
+        asyncio.run(Sandbox(hidden).start())
+    with pytest.raises(ToolError, match="apt-get install gcc"):
+        asyncio.run(Kernel(RELU.keys()).run(RELU.naive))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="there is no C compiler\n  cure: apt-get install gcc"):
+        prepare(tmp_path)
 
 
 def test_the_schemas_are_small() -> None:
