@@ -127,7 +127,7 @@ def test_prompts_hold_no_solution(prepared: Path) -> None:
     for path in [prepared / f"{name}.jsonl" for name in SPLITS]:
         for row in rows_of(path):
             question = row["messages"][-1]["content"]
-            assert row["reference"] not in question
+            assert row["reference"] not in json.dumps(row["messages"]) and "fill" not in row["reference"]
             assert question.count("{") >= 1 and faulty(BY_NAME[row["kernel"]])[row["fault"]] in question
 
 
@@ -238,14 +238,19 @@ def test_right_wrong_and_no_code(bench: Bench) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({kernel.family for kernel in kernels()}))
-def test_references_are_right_and_empty_kernels_are_not(bench: Bench, family: str) -> None:
+def test_references_are_right(bench: Bench, family: str) -> None:
     kernel = next(kernel for kernel in kernels() if kernel.family == family)
     assert bench.grade(kernel.naive, kernel.name) >= 1
-    assert bench.grade(f"{kernel.signature} {{}}", kernel.name) == 0.25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cubic", "sum", "argmax", "gather", "row_sums", "count_above"])
+@pytest.mark.parametrize("name", ["sum", "softmax", "histogram", "transpose"])
+def test_empty_kernels_are_wrong(bench: Bench, name: str) -> None:
+    assert bench.grade(f"{BY_NAME[name].signature} {{}}", name) == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cubic", "sum", "argmax", "count_above"])
 def test_faults_are_faults(bench: Bench, name: str) -> None:
     for fault, code in faulty(BY_NAME[name]).items():
         assert bench.grade(code, name) < 1, fault
@@ -352,12 +357,23 @@ static int open_other(const char *name) {
 
 
 @pytest.mark.slow
+@needs_gcc
+def test_no_code_makes_the_tools_fail() -> None:
+    """A tool that fails discards the rollout: a policy must not be able to get rid of its bad ones."""
+    early = "#include <unistd.h>\n__attribute__((constructor)) void early(void) {{ {} }}"
+    hostile = ['write(5, "x", 1); _exit(4);', "_exit(0);", "for (;;);", "abort();", 'write(5, "rrrrrrd", 7);']
+    codes = [code_with("", early.format(what)) for what in hostile]
+    assert all(text.startswith("wrong for n = 5: ") for text in tried("relu", *codes))
+    (text,) = tried("relu", '#include "/dev/zero"\n')
+    assert text.startswith("does not compile: ")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESCAPES)
 def test_nothing_leaves_the_kernel(bench: Bench, name: str) -> None:
     """The kernel is right only where the escape is refused: a grade of 1 proves that it was tried and failed."""
     body = f"int is_out = {ESCAPES[name]}; for (int i = 0; i < n; i++) y[i] = is_out ? 7 : fmaxf(x[i], 0);"
     assert bench.grade(code_with(body, BEFORE)) >= 1
-    assert bench.grade(code_with(body.replace(ESCAPES[name], "1"), BEFORE)) == 0.25
 
 
 @pytest.mark.slow

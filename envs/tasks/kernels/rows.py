@@ -1,7 +1,8 @@
 """The dataset of the kernels task: prompts, faults, the split by family, demonstrations.
 
 `write` rows ask for a kernel by signature and sentence, without any code; `repair` rows show the naive version with one
-fault. Whole families are held out: what is learnt must be about loops, not about a kernel. Deterministic.
+fault, after one worked call about a kernel that is in no split. Whole families are held out: what is learnt must be
+about loops, not about a kernel. Deterministic.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ SHOWN_FAMILIES = frozenset({"activation", "arithmetic", "sum"})  # of the traini
 MAX_REPAIR_CHARS = 170  # of the code: a small model copies no more
 MAX_SHOWN_CHARS = 150
 
-SYSTEM_TEXT = "You write C functions. Call run with the whole function; when it is correct, say done."
+SYSTEM_TEXT = "Call run with the whole C function. When it is correct, say done."
 WRITE = "Write {signature}: {sentence}."
 REPAIR = "One thing is wrong here, correct it: {sentence}.\n{code}"
 DONE = "done"
+# One worked call, as turns of a conversation: with it an untrained small model calls the tool in a quarter of its
+# rollouts, without it in none.
+EXAMPLE = "void fill(float *y, float s, int n) { for (int i = 0; i < n; i++) y[i] = s; }"
+EXAMPLE_SENTENCE = "y[i] is s"
 
 # name -> (what is replaced, by what): each makes every naive version wrong that it can be applied to (a test)
 _FAULTS = {
@@ -49,16 +54,23 @@ def split_of(family: str) -> Split:
 
 def write_row(kernel: Kernel, tools: list[dict[str, Any]]) -> dict[str, Any]:
     question = WRITE.format(signature=kernel.signature, sentence=kernel.sentence)
-    return {"messages": _messages(question), "tools": tools, "stage": "write", **kernel.keys()}
+    messages = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
+    return {"messages": messages, "tools": tools, "stage": "write", **kernel.keys()}
 
 
 def repair_row(kernel: Kernel, fault: str, code: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    question = REPAIR.format(sentence=kernel.sentence, code=code)
-    return {"messages": _messages(question), "tools": tools, "stage": "repair", "fault": fault, **kernel.keys()}
+    call = json.dumps({"name": "run", "arguments": {"code": EXAMPLE}})
+    messages = [
+        {"role": "system", "content": SYSTEM_TEXT},
+        {"role": "user", "content": _repair(EXAMPLE_SENTENCE, EXAMPLE.replace(*_FAULTS["ends early"]))},
+        {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
+        {"role": "user", "content": _repair(kernel.sentence, code)},
+    ]
+    return {"messages": messages, "tools": tools, "stage": "repair", "fault": fault, **kernel.keys()}
 
 
-def _messages(question: str) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
+def _repair(sentence: str, code: str) -> str:
+    return REPAIR.format(sentence=sentence, code=code)
 
 
 def build_rows(tools: list[dict[str, Any]]) -> dict[str, dict[Split, list[dict[str, Any]]]]:
