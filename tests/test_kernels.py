@@ -128,7 +128,8 @@ def test_prompts_hold_no_solution(prepared: Path) -> None:
         for row in rows_of(path):
             question = row["messages"][-1]["content"]
             assert row["reference"] not in json.dumps(row["messages"]) and "fill" not in row["reference"]
-            assert question.count("{") >= 1 and faulty(BY_NAME[row["kernel"]])[row["fault"]] in question
+            assert [tool["function"]["name"] for tool in row["tools"]] == ["run"]
+            assert faulty(BY_NAME[row["kernel"]])[row["fault"]] in question
 
 
 def test_demonstrations_are_of_training_families_alone(prepared: Path) -> None:
@@ -192,7 +193,7 @@ def test_the_grade_rises_with_each_part_of_the_way() -> None:
 )
 def test_one_code_counts(answer: str | None, calls: list[str], expected: str) -> None:
     tools = [{"function": {"name": "run", "arguments": json.dumps({"code": code})}} for code in calls]
-    broken = [{"function": {"name": "run", "arguments": text}} for text in ("[]", "{", '{"code": 3}')]
+    broken = [{"function": {"name": "run", "arguments": text}} for text in ("[]", "{", '{"code": 3}', "[" * 9_999)]
     sample = {"output_text": answer, "output_tools": tools + broken}
     assert grade_source()("code_of", sample, {"kernel": "relu"}) == expected
 
@@ -443,10 +444,19 @@ def test_compile_says_what_the_compiler_says() -> None:
 def test_a_missing_compiler_names_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hidden = GRADER_SOURCE.replace("/usr/local/bin:/usr/bin:/bin", "/nowhere")
     monkeypatch.setattr(task, "GRADER_SOURCE", hidden)
-    with pytest.raises(CodeError, match="apt-get install gcc"):
-        asyncio.run(Sandbox(hidden).start())
-    with pytest.raises(ToolError, match="apt-get install gcc"):
-        asyncio.run(Kernel(RELU.keys()).run(RELU.naive))
+
+    async def story() -> None:
+        sandbox, kernel = Sandbox(hidden), Kernel(RELU.keys())
+        try:
+            with pytest.raises(CodeError, match="apt-get install gcc"):
+                await sandbox.start()
+            with pytest.raises(ToolError, match="apt-get install gcc"):
+                await kernel.run(RELU.naive)
+        finally:
+            await kernel.aclose()
+            await sandbox.close()
+
+    asyncio.run(story())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="there is no C compiler\n  cure: apt-get install gcc"):
         prepare(tmp_path)

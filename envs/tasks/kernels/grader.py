@@ -471,7 +471,7 @@ def code_of(sample: dict[str, Any], item: dict[str, Any]) -> str:
     for call in reversed(sample.get("output_tools") or []):
         try:
             code = json.loads(call["function"]["arguments"])["code"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(code, str):
             return code
