@@ -485,12 +485,21 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     found = judge(item, code, item["hidden"], 5)
     if found["compiler"]:
         return 0.0
-    pairs = zip(found["problems"], item["hidden"], strict=True)
-    telling = [not problem for problem, case in pairs if not case["is_trivial"]]
-    if any(found["problems"]) or None in (found["kernel_ms"], found["naive_ms"]):
+    gain = gain_of(found)
+    if gain is None:
+        pairs = zip(found["problems"], item["hidden"], strict=True)
+        telling = [not problem for problem, case in pairs if not case["is_trivial"]]
         return 0.25 + 0.5 * sum(telling) / max(1, len(telling))
-    gain = math.log2(found["naive_ms"] / found["kernel_ms"])
+    if gain > NOISE_LOG2:  # on a busy machine even the best of five may be off: it has to be fast twice
+        gain = min(gain, gain_of(judge(item, code, item["hidden"], 9)) or 0.0)
     return 1.0 + (min(1.0, gain / FASTEST_LOG2) if gain > NOISE_LOG2 else 0.0)
+
+
+def gain_of(found: dict[str, Any]) -> float | None:
+    """log2 of the speed-up of a kernel that is right everywhere, else None."""
+    if any(found["problems"]) or None in (found["kernel_ms"], found["naive_ms"]):
+        return None
+    return math.log2(found["naive_ms"] / found["kernel_ms"])
 
 
 def try_out(item: dict[str, Any], code: str, is_run: bool) -> dict[str, Any]:
