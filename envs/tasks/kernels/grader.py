@@ -106,7 +106,7 @@ static int seal(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
 int main(int argc, char **argv) {
-    struct rlimit memory = {1 << 30, 1 << 30}, cpu = {20, 20};
+    struct rlimit memory = {1 << 29, 1 << 29}, cpu = {20, 20};
     if (argc < 2) return seal() ? errno : 0; /* without a kernel: can it be done here? */
     off_t size = lseek(MEMORY, 0, SEEK_END);
     volatile char *base = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, MEMORY, 0);
@@ -373,7 +373,7 @@ def execute(command: list[str], text: str, limit_s: float) -> tuple[int, str, st
 
 
 def set_limits() -> None:
-    for kind, limit in ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20), (resource.RLIMIT_AS, 1 << 30)):
+    for kind, limit in ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20), (resource.RLIMIT_AS, 1 << 29)):
         resource.setrlimit(kind, (limit, limit))
 
 
