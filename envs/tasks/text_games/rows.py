@@ -19,10 +19,10 @@ NUM_ROWS: dict[Split, int] = {"train": 480, "validation": 96, "test": 192}
 FULL = ("arithmetic", "coin", "cookingworld", "mapreader", "peckingorder", "simonsays", "sorting", "twc")
 _LENGTHS: dict[Split, tuple[int, ...]] = {"train": (3, 4), "validation": (4,), "test": (5,)}
 
-# One worked call, as turns: without it a small model never calls a tool. None of its words is in a game.
+# One worked call, as turns: without it a small model never calls a tool. Its things are in no game.
 EXAMPLES = {
     "simonsays": ("Simon says, 'kick melon'.", "kick melon"),
-    "from memory": ("Simon says, take these actions in order: kick melon, fry pear.", "kick melon"),
+    "from memory": ("Simon says, take these actions in order: kick melon, fry leek.", "kick melon"),
     "any": ("You are in the attic. You see a lamp.", "look around"),
 }
 
@@ -43,7 +43,9 @@ def build_rows(game_set: GameSet, split: Split, task_of: Callable[[int, dict[str
     """The rows of a split. task_of: what the game of a seed and options tells its player to do."""
     kinds, first = settings(game_set, split), FIRST_SEED[split]
     seeds = range(first, first + NUM_ROWS[split])
-    return [_row(seed, options, task_of(seed, options)) for seed, options in zip(seeds, kinds * len(seeds), strict=False)]
+    return [
+        _row(seed, options, task_of(seed, options)) for seed, options in zip(seeds, kinds * len(seeds), strict=False)
+    ]
 
 
 def _row(seed: int, options: dict[str, str], task: str) -> dict[str, Any]:
