@@ -42,7 +42,7 @@ GAMES = {"type": "gymnasium", "env": "rft.envs.tasks.text_games:new_game"}
 SIMON = {"gameName": "simonsays", "gameParams": "gameLength=3,numDistractors=2"}
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 IS_THERE = importlib.util.find_spec("textworld_express") is not None and shutil.which("java") is not None
-needs_games = pytest.mark.skipif(not IS_THERE, reason="textworld-express or java is not installed: see text_games/")
+needs_games = pytest.mark.skipif(not IS_THERE, reason="needs java and pip install textworld-express==1.1.0")
 
 
 def a_task(seed: int, options: dict[str, str]) -> str:
@@ -259,10 +259,12 @@ def test_the_test_has_longer_games_than_training() -> None:
 def test_a_prompt_holds_no_move_of_a_game() -> None:
     """The game itself speaks when a rollout opens it: a row has the worked call only."""
     for row in build_rows("small", "test", a_task):
-        system, user, assistant, last = row["messages"]
-        assert last == {"role": "user", "content": ""} and user["content"] in dict(EXAMPLES.values())
-        call = json.loads(assistant["content"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
-        assert call["name"] == "step" and system["content"].endswith(f" Game {row['seed']}.")
+        system, *turns, last = row["messages"]
+        calls = [turn["content"].removeprefix("<tool_call>").removesuffix("</tool_call>") for turn in turns[1::2]]
+        worked = [(turn["content"], json.loads(call)) for turn, call in zip(turns[::2], calls, strict=True)]
+        shown = tuple((said, call["arguments"]["action"]) for said, call in worked)
+        assert shown in EXAMPLES.values() and {call["name"] for _, call in worked} == {"step"}
+        assert last == {"role": "user", "content": ""} and system["content"].endswith(f" Game {row['seed']}.")
         assert set(row) == {"messages", "seed", "options"}
 
 

@@ -19,11 +19,15 @@ NUM_ROWS: dict[Split, int] = {"train": 480, "validation": 96, "test": 192}
 FULL = ("arithmetic", "coin", "cookingworld", "mapreader", "peckingorder", "simonsays", "sorting", "twc")
 _LENGTHS: dict[Split, tuple[int, ...]] = {"train": (3, 4), "validation": (4,), "test": (5,)}
 
-# One worked call, as turns: without it a small model never calls a tool. Its things are in no game.
-EXAMPLES = {
-    "simonsays": ("Simon says, 'kick melon'.", "kick melon"),
-    "from memory": ("Simon says, take these actions in order: kick melon, fry leek.", "kick melon"),
-    "any": ("You are in the attic. You see a lamp.", "look around"),
+# Worked calls, as turns: without one a small model never calls a tool. Two show how to go on where the game only says
+# "Correct!"; where it says the next move, two would make all rollouts of a game alike. Their things are in no game.
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "simonsays": (("Simon says, 'kick melon'.", "kick melon"),),
+    "from memory": (
+        ("Simon says, take these actions in order: kick melon, fry leek.", "kick melon"),
+        ("Correct!", "fry leek"),
+    ),
+    "any": (("You are in the attic. You see a lamp.", "look around"),),
 }
 
 
@@ -51,12 +55,10 @@ def build_rows(game_set: GameSet, split: Split, task_of: Callable[[int, dict[str
 def _row(seed: int, options: dict[str, str], task: str) -> dict[str, Any]:
     """What the world says first is added to the last message when a rollout opens it."""
     name = "from memory" if "memorization=1" in options["gameParams"] else options["gameName"]
-    said, action = EXAMPLES.get(name, EXAMPLES["any"])
-    call = json.dumps({"name": "step", "arguments": {"action": action}})
-    messages = [
-        {"role": "system", "content": f"{task} Game {seed}."},
-        {"role": "user", "content": said},
-        {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
-        {"role": "user", "content": ""},
-    ]
+    messages = [{"role": "system", "content": f"{task} Game {seed}."}]
+    for said, action in EXAMPLES.get(name, EXAMPLES["any"]):
+        call = json.dumps({"name": "step", "arguments": {"action": action}})
+        messages.append({"role": "user", "content": said})
+        messages.append({"role": "assistant", "content": f"<tool_call>{call}</tool_call>"})
+    messages.append({"role": "user", "content": ""})
     return {"messages": messages, "seed": seed, "options": options}
