@@ -36,7 +36,8 @@ class Counter(gymnasium.Env[Any, Any]):
         type(self).num_open += 1
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        return np.array([seed, 0.5]), {"lock": self._entered, "seed": np.int64(seed or 0)}
+        said = {} if options is None else {"options": options}
+        return np.array([seed, 0.5]), {"lock": self._entered, "seed": np.int64(seed or 0), **said}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert self._entered.acquire(blocking=False), "two steps at once"
@@ -61,6 +62,10 @@ class Counter(gymnasium.Env[Any, Any]):
 
 def make_counter(**kwargs: Any) -> Counter:
     return Counter(**kwargs)
+
+
+def make_without_java() -> Counter:
+    raise UserError("there is no java", where="games", cure="install it")
 
 
 def make_unsupported() -> Counter:
@@ -318,3 +323,17 @@ def test_an_environment_that_cannot_be_used_is_a_user_error(config: dict[str, An
     with pytest.raises(UserError) as caught:
         specs_of(type="gymnasium", **config)
     assert words in str(caught.value) and "cure: " in str(caught.value)
+
+
+def test_a_rows_options_go_to_reset() -> None:
+    async def body(session: Session) -> dict[str, Any]:
+        return session.outcome()["info"]
+
+    assert with_session(body, OWN, {"options": {"level": [1, 2]}})["options"] == {"level": [1, 2]}
+    assert "options" not in with_session(body, OWN)
+
+
+def test_a_users_error_of_an_environment_is_one_message() -> None:
+    with pytest.raises(UserError) as caught:
+        specs_of(type="gymnasium", env=f"{HERE}:make_without_java")
+    assert str(caught.value) == "games: there is no java\n  cure: install it"

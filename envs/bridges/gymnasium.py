@@ -7,6 +7,7 @@ Does not show images: an environment speaks through its observations or through 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -42,7 +43,7 @@ class GymnasiumEnvironmentConfig(BaseModel):
     """`env`: an id like FrozenLake-v1 or `module:Name-v0`, or `package.module:function` that makes one.
 
     The seed of an episode is the row's `seed`; without one it follows from the item, so that all rollouts of a group
-    begin alike, or from the rollout.
+    begin alike, or from the rollout. The row's `options` go to `reset`, as Gymnasium means them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,7 +90,7 @@ class GymnasiumEnvironment:
         session = GymnasiumSession(self._make, self._config)
         try:
             await session.create()
-            await session.reset(seed_of(item, rollout_id, self._config.seed))
+            await session.reset(seed_of(item, rollout_id, self._config.seed), item.row.get("options"))
         except BaseException:
             await session.close()
             raise
@@ -123,8 +124,8 @@ class GymnasiumSession(Session):
         """Make the environment; raises ToolError when that fails."""
         self.env = await self._run("make", self._make)
 
-    async def reset(self, seed: int) -> None:
-        self.opening = await self._run("reset", lambda: self._reset(seed))
+    async def reset(self, seed: int, options: dict[str, Any] | None = None) -> None:
+        self.opening = await self._run("reset", lambda: self._reset(seed, options))
 
     async def call(self, call: ToolCall) -> ToolResult:
         """One step; an action that the space does not hold is an error for the model."""
@@ -158,13 +159,14 @@ class GymnasiumSession(Session):
         where = f"{self._config.env}: {what}"
         try:
             return await self._thread.run(where, function, self._config.timeout_s)
-        except (ArgumentError, ToolError):
+        except (ArgumentError, ToolError, UserError):
             raise
         except Exception as error:  # foreign code: whatever it raises is its failure, not a bug of ours
             raise ToolError(f"{where} raised {type(error).__name__}: {error}") from error
 
-    def _reset(self, seed: int) -> str:
-        observation, info = self.env.reset(seed=seed)
+    def _reset(self, seed: int, options: dict[str, Any] | None) -> str:
+        given = {} if options is None else {"options": copy.deepcopy(options)}  # some environments know no options
+        observation, info = self.env.reset(seed=seed, **given)
         self._episode.info = facts(info)
         return self._rendered(observation, None)
 
