@@ -76,6 +76,7 @@ def test_pinned_set_fits_the_requirements() -> None:
         *extras["cpu"],
         *extras["quickstart"],
         *extras["warmup"],
+        *extras["games"],
         *extras["dev"],
     ]
     for requirement in map(Requirement, wanted):
@@ -84,12 +85,10 @@ def test_pinned_set_fits_the_requirements() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & pins.keys()
 
 
-SCRIPTS = (
-    "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts bench_trainer"
-)
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix)
 
 
-@pytest.mark.parametrize("name", SCRIPTS.split())
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
 
