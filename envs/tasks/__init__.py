@@ -24,7 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rft.errors import UserError
 
-_BUILTIN = {"icd10": "rft.envs.tasks.icd10:TASK"}
+_BUILTIN = {
+    "icd10": "rft.envs.tasks.icd10:TASK",
+    "icd10_notes": "rft.envs.tasks.icd10_notes:TASK",
+}
 
 
 class ArgumentError(Exception):
