@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,13 +29,13 @@ from rft.envs.tasks import ArgumentError, Task, load_task
 from rft.envs.tasks.icd10.search import build_index
 from rft.envs.tasks.icd10.table import Table
 from rft.envs.tasks.icd10_notes import rows as rows_module
-from rft.envs.tasks.icd10_notes import search
+from rft.envs.tasks.icd10_notes import search, vectors
 from rft.envs.tasks.icd10_notes.grader import CODE
 from rft.envs.tasks.icd10_notes.notes import FRAMES, UNSEEN_FRAMES, Diagnosis, is_plain
 from rft.envs.tasks.icd10_notes.rows import build_rows, split_diagnoses
-from rft.envs.tasks.icd10_notes.search import CodeIndex, Vectors, load_code_index, write_manifest
+from rft.envs.tasks.icd10_notes.search import load_code_index, write_manifest
 from rft.envs.tasks.icd10_notes.table import read_table
-from rft.envs.tasks.icd10_notes.vectors import embed, vectors_of
+from rft.envs.tasks.icd10_notes.vectors import vectors_of
 from rft.errors import UserError
 from rft.grader_cases import load_cases
 from rft.grader_cases import test_cases as run_cases
@@ -61,6 +62,7 @@ needs_data = pytest.mark.skipif(
 # --- graders ---
 
 
+@cache
 def grader_of(name: str) -> Any:
     module: dict[str, Any] = {}
     exec((ROOT / "envs/tasks/icd10_notes" / name).read_text(encoding="utf-8"), module)
@@ -302,13 +304,19 @@ def test_vectors_are_kept_by_content(prepared: Path, table: Table, tmp_path: Pat
     assert vectors_of(changed, prepared / "model", tmp_path, lambda line: None) != name
 
 
-def test_the_order_of_batches_does_not_show(prepared: Path, table: Table) -> None:
-    embedder = Embedder(prepared / "model")
-    texts = [text for text in table.descriptions.values() for _ in range(20)]
+def test_the_order_of_batches_does_not_show(prepared: Path, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_BATCH", 2)
+    embedder, texts = Embedder(prepared / "model"), list(table.descriptions.values())
     expected = np.concatenate([embedder.vectors([text]) for text in texts])
-    np.testing.assert_allclose(embed(texts, embedder, lambda line: None), expected, atol=2e-3)
-    index = CodeIndex(build_index(table), Vectors(expected[::20].astype(np.float16), embedder))
-    assert index.table is table
+    np.testing.assert_allclose(vectors.embed(texts, embedder, lambda line: None), expected, atol=2e-3)
+
+
+def test_searching_leaves_the_processs_threads_alone(prepared: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    load_code_index(prepared).search("appendicitis", 3)
+    assert torch.get_num_threads() == before
 
 
 def test_the_tool_answers_lines_that_begin_with_codes(task: Task) -> None:
