@@ -23,6 +23,7 @@ from rft.errors import UserError
 
 CURE = "run scripts/prepare_icd10_notes"
 _NUM_FUSED = 100  # of each ranking
+_RANK_OFFSET = 1  # first places count: on training terms recall@3 is 0.43, with the usual 60 it is 0.40
 _lock = threading.Lock()
 
 
@@ -89,8 +90,8 @@ class CodeIndex:
         if self._vectors is None:
             return self.by_words(query, k)
         rankings = (self.by_words(query, _NUM_FUSED), self.by_meaning(query, _NUM_FUSED))
-        found = fuse([self._places[code] for code in ranking] for ranking in rankings)
-        return tuple(self._codes[place] for place in found[:k])
+        places = [[self._places[code] for code in ranking] for ranking in rankings]
+        return tuple(self._codes[place] for place in fuse(places, _RANK_OFFSET)[:k])
 
 
 def write_manifest(folder: Path, vectors: str | None, model: str | None) -> None:
