@@ -99,12 +99,12 @@ def best(scores: np.ndarray[Any, Any], k: int) -> list[int]:
     return [int(place) for place in places[order]]
 
 
-def fuse(rankings: Iterable[list[int]]) -> list[int]:
-    """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (60 + rank) over the rankings."""
+def fuse(rankings: Iterable[list[int]], rank_offset: int = _RANK_OFFSET) -> list[int]:
+    """Reciprocal rank fusion (Cormack et al., 2009): the sum of 1 / (rank_offset + rank) over the rankings."""
     scores: dict[int, float] = {}
     for ranking in rankings:
         for rank, place in enumerate(ranking, 1):
-            scores[place] = scores.get(place, 0.0) + 1 / (_RANK_OFFSET + rank)
+            scores[place] = scores.get(place, 0.0) + 1 / (rank_offset + rank)
     return sorted(scores, key=lambda place: (-scores[place], place))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rft.config import read_tree
 from rft.data import load_items, overlap
 from rft.envs.tasks.icd10 import GRADER_SOURCE, TASK
 from rft.envs.tasks.icd10.rows import TEST_CHAPTERS, VALIDATION_CHAPTERS
@@ -124,6 +125,9 @@ def test_lookup_shows_the_neighbourhood(prepared: Path) -> None:
         ("K35.2", "K35.80", 0.25),
         ("K36", "K35.80", 0.0),
         ("K36 or K35.80", "K35.80", 0.0),
+        ("K35.80 or K36", "K35.80", 0.5),  # the first one counts, and a second one halves it
+        ("K35.80, k3580 or K35.80", "K35.80", 1.0),
+        (" ".join(f"K35.{n}" for n in range(80, 100)), "K35.80", 0.05),
         ("QA0.012", "QA0.012", 1.0),
         ("appendicitis", "K35.80", 0.0),
         ("", "K35.80", 0.0),
@@ -134,6 +138,25 @@ def test_the_grader(answer: str | None, gold: str, expected: float) -> None:
     module: dict[str, Any] = {}
     exec(GRADER_SOURCE, module)
     assert module["grade"]({"output_text": answer}, {"code": gold}) == expected
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_multi"])
+def test_the_quickstarts_pay_for_one_answer(name: str) -> None:
+    """Their shaped graders: a right code earns most, and less with every other code beside it."""
+    config = read_tree(ROOT / "configs" / f"{name}.yaml", None, example="")
+    spec = config["grader"] if "source" in config["grader"] else config["grader"]["graders"]["shaped"]
+    assert config["shadow_graders"]["code"]["source"] == GRADER_SOURCE
+    module: dict[str, Any] = {}
+    exec(spec["source"], module)
+    found = {"role": "tool", "content": "K35.80 Unspecified acute appendicitis\nK36 Other appendicitis"}
+
+    def grade(text: str) -> float:
+        return module["grade"]({"output_text": text, "trace": [found]}, {"code": "K35.80"})
+
+    assert grade("The code is K35.80.") == pytest.approx(1.0)
+    assert grade("K35.80 K36") == pytest.approx(0.55)
+    assert grade("K36 K35.80") == pytest.approx(0.15)
+    assert grade("none") == pytest.approx(0.1)
 
 
 def test_the_grader_finds_every_code(index: SearchIndex) -> None:

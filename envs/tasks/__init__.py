@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rft.errors import UserError
 
-_BUILTIN = {"icd10": "rft.envs.tasks.icd10:TASK", "finance": "rft.envs.tasks.finance:TASK"}
+_BUILTIN = {name: f"rft.envs.tasks.{name}:TASK" for name in ("finance", "icd10", "icd10_notes")}
 
 
 class ArgumentError(Exception):
