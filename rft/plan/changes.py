@@ -28,9 +28,6 @@ class Change:
     overrides: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return ", ".join(self.overrides + self.flags)
-
 
 @dataclass(frozen=True, slots=True)
 class _Lever:
@@ -42,8 +39,8 @@ class _Lever:
     told: Callable[[Ask, object], Change]
 
 
-def smallest_change(ask: Ask) -> Change | None:
-    """The cheapest combination that fits; None where nothing here does. Of an ask that does not fit."""
+def smallest_change(ask: Ask) -> tuple[Change, Ask] | None:
+    """The cheapest combination that makes an ask fit, and the ask with it; None where nothing here does."""
     possible = [(lever, values) for lever in _LEVERS if (values := lever.values(ask))]
     sets = chain.from_iterable(combinations(possible, size) for size in range(1, len(possible) + 1))
     for chosen in sorted(sets, key=lambda found: (sum(lever.cost for lever, _ in found), len(found))):
@@ -56,7 +53,7 @@ def smallest_change(ask: Ask) -> Change | None:
                 settings[index] = value
                 if fits(_applied(ask, levers, settings)):
                     break
-        return _told(ask, levers, settings)
+        return _told(ask, levers, settings), _applied(ask, levers, settings)
     return None
 
 
@@ -70,17 +67,6 @@ def _told(ask: Ask, levers: Sequence[_Lever], settings: Sequence[object]) -> Cha
     found = [lever.told(ask, value) for lever, value in zip(levers, settings, strict=True)]
     overrides = tuple(text for change in found for text in change.overrides)
     return Change(overrides, tuple(text for change in found for text in change.flags))
-
-
-def apply_change(ask: Ask, change: Change) -> Ask:
-    """The ask with a change that `smallest_change` gave."""
-    for lever in _LEVERS:
-        for value in lever.values(ask):
-            told = lever.told(ask, value)
-            if set(told.overrides) <= set(change.overrides) and set(told.flags) <= set(change.flags):
-                ask = lever.apply(ask, value)
-                break
-    return ask
 
 
 # --- the levers ------------------------------------------------------------------------------------------------------

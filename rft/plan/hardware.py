@@ -35,9 +35,8 @@ class Gpu:
         return 1e12 * self.tflops * self.efficiency
 
 
-# Sources: nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
-# (312 TFLOPS; 1,555 and 2,039 GB/s; NVLink 600 GB/s both ways), the data sheets nvidia.com/en-us/data-center/h100 (989;
-# 3,350; 900), /h200 (989; 4,800; 900), /l40s (362; 864; PCIe 4) and /l4 (121; 300; PCIe 4), the Ada GPU architecture
+# Sources: the data sheets nvidia.com/en-us/data-center/a100 (312 TFLOPS; 1,555 and 2,039 GB/s; NVLink 600 GB/s both
+# ways), /h100 (989; 3,350; 900), /h200 (989; 4,800; 900), /l40s (362; 864; PCIe 4) and /l4 (121; 300; PCIe 4), the Ada GPU architecture
 # whitepaper for the RTX 4090 (165 with float32 sums; 1,008; PCIe 4), nvidia.com/en-us/data-center/hgx for B200 (2,250;
 # 7,700; 1,800), aws.amazon.com/ec2/instance-types/g5 for the A10G (70; 600). Memory: what torch.cuda.mem_get_info
 # gives as total. Efficiency: torchtitan trains Llama 3 8B at 57% of an A100's peak and 33 to 39% of an H100's
@@ -76,7 +75,7 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """`8x80` (GPUs x GB), `8xH100`, `H100`, or `2x8xH100` (nodes x GPUs x kind). Raises UserError with what there is."""
+    """`8x80` (GPUs x GB), `8xH100`, `H100`, `2x8xH100` (nodes x GPUs x kind). Raises UserError with what there is."""
     found = re.fullmatch(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([A-Za-z0-9-]+)", text.strip())
     name = found.group(3) if found else ""
     if name.isdigit():

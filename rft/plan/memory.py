@@ -132,15 +132,13 @@ def kept(setup: Setup, tokens: int, *, is_gpu: bool = True) -> float:
 def _kept_per_token(setup: Setup, layer: Layer, *, is_gpu: bool) -> float:
     hidden, size = setup.shape.hidden, setup.value_bytes
     is_full = setup.lora is None
-    # a norm keeps its input in float32, what it multiplies with a trained weight, and its output, a linear layer's input
+    # a norm keeps its input in float32, what a trained weight multiplies, and its output, a linear layer's input
     norms = (layer.num_norms * hidden + layer.normed) * (4 + size * is_full) + 2 * hidden * size
     attention = (layer.query + layer.key + layer.value + layer.output) * size
     if is_gpu:
         attention += layer.output * size + 4 * setup.shape.num_heads  # a contiguous copy; log-sum-exp of FlexAttention
-    if setup.shape.is_gated:  # gate, activated gate, up, product
-        mlp = 4 * layer.inner * size
-    else:  # before and after the activation
-        mlp = 2 * layer.inner * size
+    # gate, activated gate, up, product; without a gate before and after the activation
+    mlp = (4 if setup.shape.is_gated else 2) * layer.inner * size
     routes = 2 * layer.num_routes * hidden * size  # each expert's input and output
     low = 0
     if setup.lora is not None and not setup.is_merged:  # A x of every adapter

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -152,7 +152,7 @@ def setup_of(config: RunConfig, model: Path | None, tokens: dict[str, int]) -> t
 
 def tensor_parallel(args: Sequence[str]) -> int:
     """The GPUs of one engine, as its flags say; 1 where they do not. Raises UserError."""
-    for name, value in zip(args, [*args[1:], ""], strict=True):
+    for name, value in pairwise([*args, ""]):
         key, equals, given = name.partition("=")
         if key in _TENSOR_PARALLEL:
             text = given if equals else value

@@ -22,7 +22,10 @@ _BANDWIDTH_EFFICIENCY = 0.75  # of the peak that kernels over large tensors reac
 _PREFILL_EFFICIENCY = 1.2  # of a training step's: no backward pass between its matrix products
 _DECODE_OVERHEAD_S = 1.5e-3  # scheduling and sampling of one decoding step
 _OPTIMIZER_BYTES = 40  # a number: clipping, AdamW over weight, gradient and two moments, masters copied
-_HEAD_TRIPS = {True: 8, False: 4}  # of V x h FLOPs a position; trained: its backward computes the chunks again (head.py)
+_HEAD_TRIPS = {
+    True: 8,
+    False: 4,
+}  # of V x h FLOPs a position; a trained one computes its chunks twice (head.py)
 
 
 @dataclass(frozen=True, slots=True)

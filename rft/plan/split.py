@@ -72,18 +72,24 @@ def best_outcome(ask: Ask) -> Outcome | None:
 
 
 def fits(ask: Ask) -> bool:
-    return any(_fits(ask, layout) for layout in layouts(ask))
+    """Some layout fits. One GPU needs no buffers for others; from two on, more of them never need more each."""
+    num_gpus, ranks = ask.cluster.num_gpus, ask.setup.tensor_parallel
+    extremes = {1, num_gpus - ranks, num_gpus} if ask.trainer_gpus is None else {ask.trainer_gpus}
+    return any(_fits(ask, layout) for count in sorted(extremes) if count >= 1 for layout in _layouts(ask, count))
 
 
 def layouts(ask: Ask) -> Iterator[Layout]:
     """All that the cluster and what was asked for allow."""
+    for num_trainers in range(1, ask.cluster.num_gpus + 1):
+        yield from _layouts(ask, num_trainers)
+
+
+def _layouts(ask: Ask, num_trainers: int) -> Iterator[Layout]:
     num_gpus, ranks = ask.cluster.num_gpus, ask.setup.tensor_parallel
-    for num_trainers in range(1, num_gpus + 1):
-        num_engines = (num_gpus - num_trainers) // ranks
-        is_shared = num_trainers == num_gpus and ranks == 1
-        is_wanted = num_trainers == (ask.trainer_gpus or num_trainers)
-        if not is_wanted or (num_engines == 0 and not (is_shared and (num_gpus == 1 or ask.trainer_gpus))):
-            continue
+    num_engines = (num_gpus - num_trainers) // ranks
+    is_shared = num_trainers == num_gpus and ranks == 1
+    is_wanted = ask.trainer_gpus in (None, num_trainers)
+    if is_wanted and (num_engines > 0 or (is_shared and (num_gpus == 1 or ask.trainer_gpus is not None))):
         for launch in _launches(ask, num_trainers):
             yield Layout(num_trainers, max(1, num_engines), launch, is_shared)
 
