@@ -18,6 +18,7 @@ from rft.plan.split import Ask, fits, why_not
 _MIN_TOKENS = 512  # of a micro-batch: below it a GPU waits for its kernels
 _MAX_GPUS = 1024
 _RANK, _ALPHA = 16, 32
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.25)  # away from engine.gpu_memory_share
 
 
@@ -169,6 +170,11 @@ def _override(key: str) -> Callable[[Ask, object], Change]:
     return lambda _, value: Change((f"{key}={json.dumps(value)}",))
 
 
+def _told_attention(ask: Ask, _: object) -> Change:
+    sync = ("training.sync=auto",) if ask.setup.sync == "merged" else ()
+    return Change((f"model.lora.targets={json.dumps(list(_ATTENTION))}", *sync))
+
+
 _LEVERS = (
     _Lever(1, _shares, lambda ask, v: _with(ask, gpu_memory_share=v), _override("engine.gpu_memory_share")),
     _Lever(2, _budgets, lambda ask, v: _with(ask, max_tokens=v), _override("training.max_tokens_per_micro_batch")),
@@ -192,6 +198,12 @@ _LEVERS = (
         lambda ask: ["bfloat16"] if ask.setup.value_bytes == 4 else [],
         lambda ask, _: _with(ask, value_bytes=2),
         _override("model.dtype"),
+    ),
+    _Lever(
+        26,
+        lambda ask: [True] if ask.setup.has_expert_adapters else [],
+        lambda ask, _: _with(ask, lora=replace(ask.setup.lora, targets=_ATTENTION), sync="auto"),
+        _told_attention,
     ),
     _Lever(28, lambda ask: [True] if ask.setup.lora is None else [], _with_adapters, _told_adapters),
 )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from pydantic import Field
+
 from rft.config import RunConfig
 from rft.errors import UserError
 from rft.plan.changes import smallest_change
@@ -82,9 +84,9 @@ class Plan(Record):
     trainer: TrainerNumbers | None = None
     engine: EngineNumbers | None = None
     step_s: float | None = None
-    problems: list[str] = []  # why nothing fits
+    problems: list[str] = Field(default_factory=list)  # why nothing fits
     change: ChangeNumbers | None = None  # the smallest that makes it fit
-    assumptions: list[str] = []
+    assumptions: list[str] = Field(default_factory=list)
 
 
 def make_plan(
@@ -179,15 +181,13 @@ def _parts(memory: TrainerMemory) -> dict[str, float]:
 def _problems(ask: Ask, outcome: Outcome | None) -> list[str]:
     setup, gpu = ask.setup, ask.cluster.gpu
     if outcome is None:
-        need = (
-            f"an engine of {setup.tensor_parallel} GPUs and a trainer" if setup.tensor_parallel > 1 else "this launch"
-        )
-        return [f"{ask.cluster} has no place for {need}"]
+        engine = f"an engine of {setup.tensor_parallel} GPUs and a trainer"
+        return [f"{ask.cluster} has no place for {engine if setup.tensor_parallel > 1 else 'this launch'}"]
     found = []
     if not outcome.trainer_fits:
-        where = f"{gpu.name} beside the engine" if outcome.layout.is_shared else gpu.name
+        where = f"beside the engine {gpu.name}" if outcome.layout.is_shared else gpu.name
         needs, has = _gib(outcome.trainer.total), _gib(outcome.trainer_limit)
-        found.append(f"the trainer needs {needs:.1f} GiB, a {where} has {has:.1f}")
+        found.append(f"the trainer needs {needs:.1f} GiB, {where} has {has:.1f}")
     if not outcome.engine_fits:
         memory = outcome.engine
         if memory.cache <= 0:

@@ -31,9 +31,8 @@ def cure_of(plan: Plan) -> str:
     """What makes it fit, as words of a command."""
     if plan.change is None:
         return "no change that rft knows makes it fit: take a smaller model, or GPUs with more memory"
-    return "the smallest change that fits: " + " ".join(
-        _quoted(word) for word in plan.change.overrides + plan.change.flags
-    )
+    words = plan.change.overrides + plan.change.flags
+    return "the smallest change that fits: " + " ".join(map(_quoted, words))
 
 
 def _quoted(word: str) -> str:
