@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rft.config import RunConfig
 from rft.errors import UserError
-from rft.plan.changes import smallest_change
+from rft.plan.changes import Change, smallest_change
 from rft.plan.engine import OWN_GPU_SHARE, EngineMemory
 from rft.plan.hardware import parse_cluster
 from rft.plan.memory import Launch, TrainerMemory
@@ -110,7 +110,6 @@ def make_plan(
     outcome = best_outcome(ask)
     fits = outcome is not None and outcome.fits
     found = None if fits else smallest_change(ask)
-    change = None if found is None else ChangeNumbers(overrides=list(found[0].overrides), flags=list(found[0].flags))
     plan = Plan(
         cluster=str(cluster),
         gpu_memory_gib=cluster.gpu.memory_gib,
@@ -118,10 +117,17 @@ def make_plan(
         model=_model(setup.shape, setup.trained, setup.value_bytes),
         rollouts_per_step=setup.work.rollouts,
         problems=[] if fits else _problems(ask, outcome),
-        change=change,
+        change=None if found is None else _change(found[0], config),
         assumptions=assumed,
     )
     return plan if outcome is None else plan.model_copy(update=_numbers(ask, outcome))
+
+
+def _change(change: Change, config: RunConfig) -> ChangeNumbers:
+    """In a config without a section engine, its first key has to say of which type it is."""
+    needs_type = "engine" not in config.model_fields_set and any(o.startswith("engine.") for o in change.overrides)
+    overrides = [*(["engine.type=vllm"] if needs_type else []), *change.overrides]
+    return ChangeNumbers(overrides=overrides, flags=list(change.flags))
 
 
 def _model(shape: ModelShape, trained: int, value_bytes: int) -> ModelNumbers:

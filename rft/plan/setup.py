@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rft.config import RunConfig, VllmEngineConfig
-from rft.errors import UserError
+from rft.errors import ConfigError, UserError
 from rft.plan.shape import ModelShape, read_shape
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -115,11 +115,13 @@ def setup_of(config: RunConfig, model: Path | None, tokens: dict[str, int]) -> t
     """The setup of a config, and what was assumed.
 
     model: a folder with a config.json instead of the config's. tokens: `prompt`, `sampled`, `results` where known.
-    Raises ConfigError for a model that the planner does not know.
+    Raises ConfigError for a model, or an engine, that the planner does not know.
     """
+    engine, training, lora = config.engine, config.training, config.model.lora
+    if not isinstance(engine, VllmEngineConfig):
+        raise ConfigError("the planner knows vLLM alone", where="engine.type", cure="add engine.type=vllm")
     shape = read_shape(model, "--model") if model is not None else read_shape(config.model.path)
     work, assumed = _workload(config, tokens)
-    lora, engine, training = config.model.lora, config.engine, config.training
     targets = None if lora is None or lora.targets == "all-linear" else tuple(lora.targets)
     setup = Setup(
         shape=shape,
@@ -135,14 +137,11 @@ def setup_of(config: RunConfig, model: Path | None, tokens: dict[str, int]) -> t
         max_tokens_per_turn=config.rollout.max_tokens_per_turn,
         max_model_len=engine.max_model_len,
         max_concurrent=engine.max_concurrent,
-        gpu_memory_share=engine.gpu_memory_share if isinstance(engine, VllmEngineConfig) else 0.45,
-        engine_args=tuple(engine.args) if isinstance(engine, VllmEngineConfig) else (),
+        gpu_memory_share=engine.gpu_memory_share,
+        engine_args=tuple(engine.args),
         staleness=training.staleness,
         work=work,
     )
-    setup.tensor_parallel  # noqa: B018  # a wrong one is told now
-    if not isinstance(engine, VllmEngineConfig):
-        assumed.append("engine.type is transformers; the plan is for vLLM")
     if setup.has_expert_adapters and training.sync != "merged":
         assumed.append("adapters on experts need training.sync: merged, and are planned so")
     if config.model.freeze:

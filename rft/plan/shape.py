@@ -15,6 +15,7 @@ from typing import Any
 
 from rft.errors import ConfigError
 
+_MAX_LAYERS = 10_000  # beyond it a file is wrong, not deep
 _UNGATED = ("gpt2", "gpt_neo", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2", "mpt", "nemotron")  # two matrices
 _QK_NORMED = ("qwen3", "gemma3", "olmo2", "olmoe")
 _FOUR_NORMS = ("gemma2", "gemma3")
@@ -166,6 +167,8 @@ def shape_of(tree: Mapping[str, Any], *, name: str, where: str = "config.json") 
     fields.refuse_what_is_unknown()
     hidden, num_heads = fields.count("hidden_size", "n_embd"), fields.count("num_attention_heads", "n_head")
     num_layers = fields.count("num_hidden_layers", "n_layer")
+    if num_layers > _MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {num_layers:,}", where=where, cure="check the file")
     head_dim = fields.count("head_dim", default=hidden // num_heads)
     num_kv_heads = fields.count("num_key_value_heads", default=num_heads)
     num_positions = fields.count("max_position_embeddings", "n_positions", default=0)
