@@ -170,6 +170,11 @@ def _override(key: str) -> Callable[[Ask, object], Change]:
     return lambda _, value: Change((f"{key}={json.dumps(value)}",))
 
 
+def _with_attention(ask: Ask, _: object) -> Ask:
+    rank = _RANK if ask.setup.lora is None else ask.setup.lora.rank
+    return _with(ask, lora=Lora(rank, _ATTENTION), sync="auto")
+
+
 def _told_attention(ask: Ask, _: object) -> Change:
     sync = ("training.sync=auto",) if ask.setup.sync == "merged" else ()
     return Change((f"model.lora.targets={json.dumps(list(_ATTENTION))}", *sync))
@@ -202,7 +207,7 @@ _LEVERS = (
     _Lever(
         26,
         lambda ask: [True] if ask.setup.has_expert_adapters else [],
-        lambda ask, _: _with(ask, lora=replace(ask.setup.lora, targets=_ATTENTION), sync="auto"),
+        _with_attention,
         _told_attention,
     ),
     _Lever(28, lambda ask: [True] if ask.setup.lora is None else [], _with_adapters, _told_adapters),
