@@ -48,13 +48,18 @@ class TrainerMemory:
         return self.total - self.activations - self.temporaries
 
 
-def trainer_memory(setup: Setup, launch: Launch, num_ranks: int, *, is_gpu: bool = True) -> TrainerMemory:
-    """The memory of one rank of `num_ranks`, with rows as long as the budget lets them be."""
+def trainer_memory(
+    setup: Setup, launch: Launch, num_ranks: int, *, is_gpu: bool = True, num_predictors: int | None = None
+) -> TrainerMemory:
+    """The memory of one rank of `num_ranks`, with rows as long as the budget lets them be.
+
+    num_predictors: the positions of a row that are sampled from; None: all of them, the most there can be.
+    """
     shape, size = setup.shape, setup.value_bytes
     shards = num_ranks if launch == "fsdp2" else 1
     tokens = setup.row_tokens
     activations = kept(setup, tokens, is_gpu=is_gpu)
-    temporaries = max(_head(setup, tokens), _layer_backward(setup, tokens))
+    temporaries = max(_head(setup, num_predictors or tokens), _layer_backward(setup, tokens))
     masters, gradients, optimizer = _trained(setup, launch, num_ranks)
     stored = 4 if _is_stored_as_master(setup, shards) else size
     merged = shape.in_linears * size if setup.is_merged and shards == 1 else 0
@@ -146,15 +151,15 @@ def _kept_per_token(setup: Setup, layer: Layer, *, is_gpu: bool) -> float:
     return norms + attention + mlp + routes + low
 
 
-def _head(setup: Setup, tokens: int) -> float:
+def _head(setup: Setup, num_predictors: int) -> float:
     """While the head computes: chunks of [rows, V] in float32, a copy in the head's dtype, a few [N, h] in float32."""
     shape, size = setup.shape, setup.value_bytes
-    rows = min(tokens, max(1, _CHUNK_BYTES // (4 * shape.vocabulary)))
+    rows = min(num_predictors, max(1, _CHUNK_BYTES // (4 * shape.vocabulary)))
     chunk = rows * 4 * shape.vocabulary
-    held = _CHUNKS_HELD if tokens > rows else _CHUNKS_HELD - 1
+    held = _CHUNKS_HELD if num_predictors > rows else _CHUNKS_HELD - 1
     copies = chunk * (size / 4) if size == 2 else 0
     weight = 4 * shape.embedding if setup.lora is None else 0  # the sum of a trained head's gradient
-    return held * chunk + copies + weight + 3 * 4 * tokens * shape.hidden
+    return held * chunk + copies + weight + 3 * 4 * num_predictors * shape.hidden
 
 
 def _layer_backward(setup: Setup, tokens: int) -> float:
