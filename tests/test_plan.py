@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from rft.cli import app
 from rft.config import load_config
 from rft.errors import ConfigError, UserError
-from rft.plan.changes import _LEVERS, smallest_change
+from rft.plan.changes import _LEVERS, Change, smallest_change
 from rft.plan.engine import cache_bytes, engine_memory
 from rft.plan.hardware import GPUS, Cluster, parse_cluster
 from rft.plan.memory import kept, trainer_memory
@@ -48,6 +48,11 @@ QWEN3_30B: dict[str, Any] = {
     "vocab_size": 151936,
     "tie_word_embeddings": False,
 }
+QWEN_72B = LLAMA_70B | {"model_type": "qwen2", "intermediate_size": 29568, "vocab_size": 152064}
+QWEN_32B = (
+    QWEN_72B | {"hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40} | {"num_hidden_layers": 64}
+)
+QWEN_14B = QWEN_32B | {"intermediate_size": 13824, "num_hidden_layers": 48}
 DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "hidden_size": 7168,
@@ -345,28 +350,36 @@ def test_a_refusal_names_a_change_that_fits(seed: int) -> None:
 
 
 def test_the_smallest_change_is_the_cheapest_that_fits() -> None:
-    """Every cheaper combination, tried at its most extreme, does not fit."""
+    """No cheaper one or two levers fit, whatever they are set to."""
     refused = [ask for ask in map(random_ask, map(random.Random, range(40))) if not fits(ask)]
     assert len(refused) > 8
     for ask in refused[:12]:
         found = smallest_change(ask)
-        if found is None:
-            continue
-        words = {*found[0].overrides, *found[0].flags}
         levers = [(lever, values) for lever in _LEVERS if (values := lever.values(ask))]
-        used = [
-            lever
-            for lever, values in levers
-            if any({*(told := lever.told(ask, value)).overrides, *told.flags} <= words for value in values)
-        ]
-        spent = sum(lever.cost for lever in used)
-        for size in (1, 2):
-            for chosen in itertools.combinations(levers, size):
-                if sum(lever.cost for lever, _ in chosen) < spent:
+        spent = 100 if found is None else sum(cost_of(ask, found[0], lever) for lever, _ in levers)
+        for chosen in itertools.chain(itertools.combinations(levers, 1), itertools.combinations(levers, 2)):
+            if sum(lever.cost for lever, _ in chosen) < spent:
+                for values in itertools.product(*(values for _, values in chosen)):
                     tried = ask
-                    for lever, values in chosen:
-                        tried = lever.apply(tried, values[-1])
-                    assert not fits(tried)
+                    for (lever, _), value in zip(chosen, values, strict=True):
+                        tried = lever.apply(tried, value)
+                    assert not fits(tried), (found, chosen)
+
+
+def cost_of(ask: Ask, change: Change, lever: Any) -> int:
+    """What a lever adds to a change; nothing where it has no part in it."""
+    words = {*change.overrides, *change.flags}
+    told = [lever.told(ask, value) for value in lever.values(ask)]
+    return lever.cost if any({*one.overrides, *one.flags} <= words for one in told) else 0
+
+
+def test_an_engine_gets_as_many_gpus_as_the_split_has() -> None:
+    """Twelve of sixteen train: four are left for an engine, eight would leave it no place."""
+    ask = Ask(
+        a_setup(QWEN_72B, max_model_len=8192, has_checkpointing=True), Cluster(GPUS["H100"], 16, 8), trainer_gpus=12
+    )
+    found = smallest_change(ask)
+    assert found is not None and found[0].overrides == ('engine.args=["--tensor-parallel-size", "4"]',)
 
 
 # --- splits ---
@@ -531,6 +544,27 @@ def test_planning_loads_nothing_heavy() -> None:
     )
     result = python(code)
     assert result.returncode == 0 and result.stdout.split() == [], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "trainers", "tree", "overrides", "launch"),
+    [
+        ("eight", "8x80", 6, QWEN_14B, [], "ddp"),
+        ("eight", "8x80", 6, QWEN_14B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
+        ("eight", "8x80", 6, QWEN_32B, ["engine.args=[-tp, '2']"], "ddp"),
+        ("two_nodes", "2x8x80", 8, QWEN_32B, [], "ddp"),
+        ("two_nodes", "2x8x80", 8, QWEN_14B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
+        ("two_nodes", "2x8x80", 12, QWEN_32B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
+        ("two_nodes", "2x8x80", 8, QWEN_72B, ["engine.args=[-tp, '4']"], "fsdp2"),
+    ],
+)
+def test_the_cluster_configs_hold_what_they_say(
+    tmp_path: Path, name: str, gpus: str, trainers: int, tree: dict[str, Any], overrides: list[str], launch: str
+) -> None:
+    config = load_config(ROOT / "configs" / "cluster" / f"{name}.yaml", overrides)
+    plan = make_plan(config, gpus, model=a_model(tmp_path / "model", tree), trainer_gpus=trainers)
+    assert plan.fits and plan.split is not None and plan.engine is not None, plan.problems
+    assert plan.split.launch == launch and plan.engine.concurrency > 100
 
 
 # --- measured ---

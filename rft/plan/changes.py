@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 from rft.plan.setup import Lora, Setup
 from rft.plan.split import Ask, fits, why_not
@@ -32,12 +32,16 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Lever:
-    """One thing that can be changed. values: what it can be set to, the mildest first; `told` says a value."""
+    """One thing that can be changed. values: what it can be set to, the mildest first; `told` says a value.
+
+    is_one_way: the last value is the one that fits if any does; else all are tried.
+    """
 
     cost: int
     values: Callable[[Ask], Sequence[object]]
     apply: Callable[[Ask, object], Ask]
     told: Callable[[Ask, object], Change]
+    is_one_way: bool = True
 
 
 def smallest_change(ask: Ask) -> tuple[Change, Ask] | None:
@@ -46,16 +50,22 @@ def smallest_change(ask: Ask) -> tuple[Change, Ask] | None:
     sets = chain.from_iterable(combinations(possible, size) for size in range(1, len(possible) + 1))
     for chosen in sorted(sets, key=lambda found: (sum(lever.cost for lever, _ in found), len(found))):
         levers = [lever for lever, _ in chosen]
-        settings = [values[-1] for _, values in chosen]
-        if not fits(_applied(ask, levers, settings)):
-            continue
-        for index, (_, values) in enumerate(chosen):
-            for value in values:
-                settings[index] = value
-                if fits(_applied(ask, levers, settings)):
-                    break
-        return _told(ask, levers, settings), _applied(ask, levers, settings)
+        for extremes in product(*(values[-1:] if lever.is_one_way else values for lever, values in chosen)):
+            if fits(_applied(ask, levers, extremes)):
+                settings = _moved_back(ask, chosen, list(extremes))
+                return _told(ask, levers, settings), _applied(ask, levers, settings)
     return None
+
+
+def _moved_back(ask: Ask, chosen: Sequence[tuple[_Lever, Sequence[object]]], settings: list[object]) -> list[object]:
+    """Each value as mild as it can be for the whole to fit, one lever after the other."""
+    levers = [lever for lever, _ in chosen]
+    for index, (lever, values) in enumerate(chosen):
+        for value in values if lever.is_one_way else ():
+            settings[index] = value
+            if fits(_applied(ask, levers, settings)):
+                break
+    return settings
 
 
 def _applied(ask: Ask, levers: Sequence[_Lever], settings: Sequence[object]) -> Ask:
@@ -181,7 +191,13 @@ def _told_attention(ask: Ask, _: object) -> Change:
 
 
 _LEVERS = (
-    _Lever(1, _shares, lambda ask, v: _with(ask, gpu_memory_share=v), _override("engine.gpu_memory_share")),
+    _Lever(
+        1,
+        _shares,
+        lambda ask, v: _with(ask, gpu_memory_share=v),
+        _override("engine.gpu_memory_share"),
+        is_one_way=False,
+    ),
     _Lever(2, _budgets, lambda ask, v: _with(ask, max_tokens=v), _override("training.max_tokens_per_micro_batch")),
     _Lever(
         3,
@@ -189,7 +205,7 @@ _LEVERS = (
         lambda ask, v: _with(ask, has_checkpointing=v),
         _override("training.gradient_checkpointing"),
     ),
-    _Lever(4, _splits, _with_args, lambda ask, v: Change((_args(ask.setup, v),))),
+    _Lever(4, _splits, _with_args, lambda ask, v: Change((_args(ask.setup, v),)), is_one_way=False),
     _Lever(
         5,
         lambda ask: ["fsdp2"] if ask.launch in ("ddp", "deepspeed") and not why_not(ask.setup, "fsdp2") else [],

@@ -59,7 +59,8 @@ def trainer_memory(
     shards = num_ranks if launch == "fsdp2" else 1
     tokens = setup.row_tokens
     activations = kept(setup, tokens, is_gpu=is_gpu)
-    temporaries = max(_head(setup, num_predictors or tokens), _layer_backward(setup, tokens))
+    head = _head(setup, num_predictors or tokens)
+    temporaries = max(head, _layer_backward(setup, tokens) + _tied_gradient(setup, shards))
     masters, gradients, optimizer = _trained(setup, launch, num_ranks)
     stored = 4 if _is_stored_as_master(setup, shards) else size
     merged = shape.in_linears * size if setup.is_merged and shards == 1 else 0
@@ -71,7 +72,7 @@ def trainer_memory(
         weights=shape.parameters * stored / shards + (4 * setup.trained if setup.lora is not None else 0),
         merged=merged,
         reference=shape.parameters * size / shards if setup.has_reference else 0,
-        gradients=gradients + _tied_gradient(setup, shards),
+        gradients=gradients,
         optimizer=masters + optimizer,
         gathered=_gathered(setup) if shards > 1 else 0,
         activations=activations,

@@ -63,11 +63,16 @@ class Outcome:
 
 
 def best_outcome(ask: Ask) -> Outcome | None:
-    """The fastest layout that fits; where none does, the one that is nearest to it; None where there is no layout."""
+    """The fastest layout that fits, FSDP2 only where DDP on as many GPUs does not; else the nearest to fitting.
+
+    None where there is no layout.
+    """
     outcomes = [outcome_of(ask, layout) for layout in layouts(ask)]
     fitting = [outcome for outcome in outcomes if outcome.fits]
     if fitting:
-        return min(fitting, key=lambda outcome: (round(outcome.step_s, 6), outcome.layout.launch == "fsdp2"))
+        whole = {outcome.layout.num_trainers for outcome in fitting if outcome.layout.launch != "fsdp2"}
+        wanted = [o for o in fitting if o.layout.launch != "fsdp2" or o.layout.num_trainers not in whole]
+        return min(wanted, key=lambda outcome: outcome.step_s)
     return min(outcomes, key=lambda outcome: outcome.missing, default=None)
 
 
@@ -95,7 +100,7 @@ def _layouts(ask: Ask, num_trainers: int) -> Iterator[Layout]:
 
 
 def _launches(ask: Ask, num_trainers: int) -> Iterator[Launch]:
-    """DDP before FSDP2, which is slower and only for what does not fit; DeepSpeed where it was asked for."""
+    """DDP before FSDP2, which gathers weights all the time; DeepSpeed where it was asked for."""
     found: tuple[Launch, ...] = ("single",) if num_trainers == 1 else ("ddp", "fsdp2")
     if ask.launch is not None:
         found = (ask.launch,) if (ask.launch == "single") == (num_trainers == 1) else ()
