@@ -85,7 +85,8 @@ def test_pinned_set_fits_the_requirements() -> None:
 
 
 SCRIPTS = (
-    "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts bench_trainer"
+    "setup quickstart test check prepare_model prepare_icd10 prepare_mcp prepare_verifiers bench_rollouts "
+    "bench_trainer bench_plan"
 )
 
 

@@ -382,6 +382,15 @@ def test_an_engine_gets_as_many_gpus_as_the_split_has() -> None:
     assert found is not None and found[0].overrides == ('engine.args=["--tensor-parallel-size", "4"]',)
 
 
+def test_one_gpu_grows_into_a_cluster() -> None:
+    """All of a 70B model on one GPU: more of them, and some of these for one engine together."""
+    ask = Ask(a_setup(LLAMA_70B, lora=None), Cluster(GPUS["H100"], 1, 8))
+    found = smallest_change(ask)
+    assert found is not None and fits(found[1])
+    assert any("--tensor-parallel-size" in text for text in found[0].overrides)
+    assert found[0].flags == (f"--gpus {found[1].cluster}",) and found[1].cluster.num_gpus >= 16
+
+
 # --- splits ---
 
 
@@ -424,7 +433,10 @@ def test_clusters(text: str, expected: tuple[str, int, int]) -> None:
     assert (found.gpu.name, found.num_gpus, found.gpus_per_node) == expected
 
 
-@pytest.mark.parametrize("text", ["", "8x", "x80", "0x80", "8x81", "8xTPU", "-1x80", "99999x80", "8 80", "8x80\n; rm"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "8x", "x80", "0x80", "00x80", "2x0x80", "٨x80", "8x81", "8xTPU", "-1x80", "99999x80", "8 80", "8x80\n; rm"],
+)
 def test_what_is_no_cluster_is_refused_with_what_there_is(text: str) -> None:
     with pytest.raises(UserError, match="8xH100") as caught:
         parse_cluster(text)

@@ -117,10 +117,9 @@ def _shares(ask: Ask) -> list[float]:
 
 
 def _splits(ask: Ask) -> list[int]:
-    """GPUs of one engine: what divides the heads."""
-    most = ask.cluster.num_gpus - 1
+    """GPUs of one engine: within a node, and what divides the heads. Perhaps of a cluster that has to grow for it."""
     sizes = [ask.setup.tensor_parallel * factor for factor in (2, 4, 8)]
-    return [size for size in sizes if size <= most and ask.setup.shape.num_heads % size == 0]
+    return [size for size in sizes if size <= ask.cluster.gpus_per_node and ask.setup.shape.num_heads % size == 0]
 
 
 def _sizes(ask: Ask) -> list[int]:
@@ -159,7 +158,7 @@ def _with_args(ask: Ask, size: object) -> Ask:
 
 def _with_adapters(ask: Ask, _: object) -> Ask:
     sync = "auto" if ask.setup.sync in ("reload", "transfer") else ask.setup.sync
-    changes = {"has_float_masters": True, "has_frozen": False, "sync": sync, "has_reference": False}
+    changes = {"has_float_masters": True, "has_frozen": False, "sync": sync}
     return _with(ask, lora=Lora(_RANK, None), **changes)
 
 

@@ -76,16 +76,16 @@ class Cluster:
 
 def parse_cluster(text: str) -> Cluster:
     """`8x80` (GPUs x GB), `8xH100`, `H100`, `2x8xH100` (nodes x GPUs x kind). Raises UserError with what there is."""
-    found = re.fullmatch(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([A-Za-z0-9-]+)", text.strip())
+    found = re.fullmatch(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([A-Za-z0-9-]+)", text.strip(), re.ASCII)
     name = found.group(3) if found else ""
     if name.isdigit():
         name = _BY_SIZE.get(int(name), name)
     gpu = next((gpu for key, gpu in GPUS.items() if key.lower() == name.lower()), None)
-    if found is None or gpu is None or "0" in (found.group(1), found.group(2)):
+    nodes, each = (int(found.group(index) or 1) for index in (1, 2)) if found else (0, 0)
+    if gpu is None or nodes < 1 or each < 1:
         sizes = ", ".join(map(str, _BY_SIZE))
         cure = f"write 8xH100, 2x8xH100 or 8x80; kinds: {', '.join(GPUS)}; sizes in GB: {sizes}"
         raise UserError(f"{text[:40]!r} names no GPUs the planner knows", where="--gpus", cure=cure)
-    nodes, each = int(found.group(1) or 1), int(found.group(2) or 1)
     if nodes == 1:
         return Cluster(gpu, each, _GPUS_PER_NODE)
     return Cluster(gpu, nodes * each, each)
