@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from rft.cli import app
 from rft.config import load_config
 from rft.errors import ConfigError, UserError
-from rft.plan.changes import _LEVERS, Change, smallest_change
+from rft.plan.changes import _GROWTH, _LEVERS, Change, smallest_change
 from rft.plan.engine import cache_bytes, engine_memory
 from rft.plan.hardware import GPUS, Cluster, parse_cluster
 from rft.plan.memory import kept, trainer_memory
@@ -355,22 +355,27 @@ def test_the_smallest_change_is_the_cheapest_that_fits() -> None:
     assert len(refused) > 8
     for ask in refused[:12]:
         found = smallest_change(ask)
-        levers = [(lever, values) for lever in _LEVERS if (values := lever.values(ask))]
-        spent = 100 if found is None else sum(cost_of(ask, found[0], lever) for lever, _ in levers)
+        levers = [(lever, value, lever.cost) for lever in _LEVERS for value in lever.values(ask)]
+        levers += [(_GROWTH, size, 20 + 4 * power) for power, size in enumerate(_GROWTH.values(ask), 1)]
+        spent = 200 if found is None else sum(cost_of(ask, found[0], lever) for lever in (*_LEVERS, _GROWTH))
         for chosen in itertools.chain(itertools.combinations(levers, 1), itertools.combinations(levers, 2)):
-            if sum(lever.cost for lever, _ in chosen) < spent:
-                for values in itertools.product(*(values for _, values in chosen)):
-                    tried = ask
-                    for (lever, _), value in zip(chosen, values, strict=True):
-                        tried = lever.apply(tried, value)
-                    assert not fits(tried), (found, chosen)
+            if sum(cost for _, _, cost in chosen) < spent and len({lever.cost for lever, _, _ in chosen}) == len(
+                chosen
+            ):
+                tried = ask
+                for lever, value, _ in chosen:
+                    tried = lever.apply(tried, value)
+                assert not fits(tried), (found, chosen)
 
 
 def cost_of(ask: Ask, change: Change, lever: Any) -> int:
     """What a lever adds to a change; nothing where it has no part in it."""
     words = {*change.overrides, *change.flags}
-    told = [lever.told(ask, value) for value in lever.values(ask)]
-    return lever.cost if any({*one.overrides, *one.flags} <= words for one in told) else 0
+    for place, value in enumerate(lever.values(ask), 1):
+        told = lever.told(ask, value)
+        if {*told.overrides, *told.flags} <= words:
+            return int(lever.cost + (4 * place if lever is _GROWTH else 0))
+    return 0
 
 
 def test_an_engine_gets_as_many_gpus_as_the_split_has() -> None:

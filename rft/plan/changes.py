@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, product
+from itertools import combinations, product
 
 from rft.plan.setup import Lora, Setup
 from rft.plan.split import Ask, fits, why_not
 
 _MIN_TOKENS = 512  # of a micro-batch: below it a GPU waits for its kernels
 _MAX_GPUS = 1024
+_DOUBLING = 4  # what twice as many GPUs cost; all ten of them stay below what trains something else
 _RANK, _ALPHA = 16, 32
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.25)  # away from engine.gpu_memory_share
@@ -44,20 +45,47 @@ class _Lever:
     is_one_way: bool = True
 
 
+_Chosen = Sequence[tuple[_Lever, Sequence[object]]]
+
+
 def smallest_change(ask: Ask) -> tuple[Change, Ask] | None:
-    """The cheapest combination that makes an ask fit, and the ask with it; None where nothing here does."""
+    """The cheapest combination that makes an ask fit, and the ask with it; None where nothing here does.
+
+    A larger cluster costs more with every doubling, so that it is no way around a smaller micro-batch.
+    """
     possible = [(lever, values) for lever in _LEVERS if (values := lever.values(ask))]
-    sets = chain.from_iterable(combinations(possible, size) for size in range(1, len(possible) + 1))
-    for chosen in sorted(sets, key=lambda found: (sum(lever.cost for lever, _ in found), len(found))):
-        levers = [lever for lever, _ in chosen]
-        for extremes in product(*(values[-1:] if lever.is_one_way else values for lever, values in chosen)):
-            if fits(_applied(ask, levers, extremes)):
-                settings = _moved_back(ask, chosen, list(extremes))
-                return _told(ask, levers, settings), _applied(ask, levers, settings)
-    return None
+    subsets = [found for size in range(len(possible) + 1) for found in combinations(possible, size)]
+    sizes = _GROWTH.values(ask)
+    best: tuple[int, _Chosen, list[object]] | None = None
+    for subset in sorted(subsets, key=_cost):
+        if best is not None and _cost(subset) >= best[0]:
+            break
+        if _settings(ask, (*subset, (_GROWTH, sizes[-1:]))) is None and _settings(ask, subset) is None:
+            continue
+        for doublings, grown in enumerate(((), *([(_GROWTH, [size])] for size in sizes))):
+            cost = _cost(subset) + (_GROWTH.cost + _DOUBLING * doublings if grown else 0)
+            chosen = (*subset, *grown)
+            if chosen and (best is None or cost < best[0]) and (settings := _settings(ask, chosen)) is not None:
+                best = cost, chosen, settings
+                break
+    if best is None:
+        return None
+    levers, settings = [lever for lever, _ in best[1]], _moved_back(ask, best[1], best[2])
+    return _told(ask, levers, settings), _applied(ask, levers, settings)
 
 
-def _moved_back(ask: Ask, chosen: Sequence[tuple[_Lever, Sequence[object]]], settings: list[object]) -> list[object]:
+def _cost(chosen: _Chosen) -> int:
+    return sum(lever.cost for lever, _ in chosen)
+
+
+def _settings(ask: Ask, chosen: _Chosen) -> list[object] | None:
+    """The first values that fit, of one-way levers their last; None where none do."""
+    levers = [lever for lever, _ in chosen]
+    tried = product(*(values[-1:] if lever.is_one_way else values for lever, values in chosen))
+    return next((list(values) for values in tried if fits(_applied(ask, levers, values))), None)
+
+
+def _moved_back(ask: Ask, chosen: _Chosen, settings: list[object]) -> list[object]:
     """Each value as mild as it can be for the whole to fit, one lever after the other."""
     levers = [lever for lever, _ in chosen]
     for index, (lever, values) in enumerate(chosen):
@@ -189,6 +217,7 @@ def _told_attention(ask: Ask, _: object) -> Change:
     return Change((f"model.lora.targets={json.dumps(list(_ATTENTION))}", *sync))
 
 
+_GROWTH = _Lever(20, _sizes, _grown, _told_grown)  # and _DOUBLING with each
 _LEVERS = (
     _Lever(
         1,
@@ -212,18 +241,17 @@ _LEVERS = (
         lambda _, v: Change(flags=(f"--launch {v}",)),
     ),
     _Lever(8, _lengths, lambda ask, v: _with(ask, max_model_len=v), _override("engine.max_model_len")),
-    _Lever(20, _sizes, _grown, _told_grown),
     _Lever(
-        24,
+        70,
         lambda ask: ["bfloat16"] if ask.setup.value_bytes == 4 else [],
         lambda ask, _: _with(ask, value_bytes=2),
         _override("model.dtype"),
     ),
     _Lever(
-        26,
+        74,
         lambda ask: [True] if ask.setup.has_expert_adapters else [],
         _with_attention,
         _told_attention,
     ),
-    _Lever(28, lambda ask: [True] if ask.setup.lora is None else [], _with_adapters, _told_adapters),
+    _Lever(80, lambda ask: [True] if ask.setup.lora is None else [], _with_adapters, _told_adapters),
 )
