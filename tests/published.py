@@ -1,7 +1,9 @@
 """Figures that others publish, side by side with what the planner says of the same: `python tests/published.py`.
 
-Where they allocate what rft does not (whole [T, V] logits) or compute what it cannot (compiled kernels), the row says
-so, and its bound is wider. A row's `plan` is the planner's own function at their shape, nothing is fitted to it.
+A row's `plan` is the planner's own function at their shape. Memory is fitted to none of them; where they allocate what
+rft does not (whole [T, V] logits) the row says so, and its bound is wider. Training speed is no independent proof: the
+efficiencies of A100 and H100 in hardware.py come from the same page of torchtitan's. A source is where the figure was
+read, which for two of them is somebody's copy of it.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ FIGURES = (
     ),
     Figure(
         "Unsloth: KV cache of 20K tokens, Llama 3.1 8B",
-        "https://unsloth.ai/blog/grpo",
+        "https://newreleases.io/project/github/unslothai/unsloth/release/2025-02-v2",
         2.5,
         "GiB",
         0.05,
@@ -119,7 +121,7 @@ FIGURES = (
     ),
     Figure(
         "LongLoRA, table 12: plain LoRA of Llama 2 7B, 8,192 tokens, with the logits of theirs",
-        "https://arxiv.org/html/2309.12307v2",
+        "https://huggingface.co/datasets/odyn-network/benchmark-finetune-lora-v1 (of arXiv:2309.12307)",
         25.7,
         "GiB",
         0.2,

@@ -1,7 +1,7 @@
 """GPUs by name: what they hold, compute and move; and the clusters that `--gpus` names.
 
-Figures are peaks of the makers' data sheets, dense (without sparsity), bfloat16 with float32 sums. Memory is what a
-process can allocate, GiB, a little below the name's GB.
+Figures are peaks of the makers' data sheets, dense (without sparsity), bfloat16 with float32 sums. Memory is about what
+a process can allocate, GiB, a little below the name's GB. None of them is measured here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Gpu:
 # Sources: the data sheets nvidia.com/en-us/data-center/a100 (312 TFLOPS; 1,555 and 2,039 GB/s; NVLink 600 GB/s both
 # ways), /h100 (989; 3,350; 900), /h200 (989; 4,800; 900), /l40s (362; 864; PCIe 4), /l4 (121; 300; PCIe 4), /hgx for
 # B200 (2,250; 7,700; 1,800), the Ada GPU architecture whitepaper for the RTX 4090 (165 with float32 sums; 1,008; PCIe
-# 4), aws.amazon.com/ec2/instance-types/g5 for the A10G (70; 600). Memory: what torch.cuda.mem_get_info gives as total.
+# 4), aws.amazon.com/ec2/instance-types/g5 for the A10G (70; 600). Memory: the cards' totals less what drivers keep.
 # Efficiency: torchtitan trains Llama 3 8B at 57% of an A100's peak and at 33 to 39% of an H100's, with all kernels
 # (github.com/pytorch/torchtitan/blob/main/docs/performance.md, of 2024 and 2025); the others by their likeness.
 GPUS = {
