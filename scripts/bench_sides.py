@@ -96,15 +96,16 @@ class RftSide:
 
     name = "rft"
 
-    def __init__(self, model: Path, dtype: str, *, has_lora: bool) -> None:
+    def __init__(self, model: Path, dtype: str, *, has_lora: bool, **training: Any) -> None:
+        """training: fields of TrainingConfig that are not the default."""
         from rft.config import ModelConfig, TrainingConfig
         from rft.trainers.policy import Policy
         from rft.trainers.ranks import build_accelerator
 
         lora = {"rank": RANK, "alpha": ALPHA} if has_lora else None
         model_config = ModelConfig.model_validate({"path": model, "dtype": dtype, "lora": lora})
-        training = TrainingConfig(steps=NUM_STEPS, learning_rate=LEARNING_RATE)
-        self.policy = Policy(model_config, training, TEMPERATURE, build_accelerator(0), 0)
+        section = TrainingConfig(steps=NUM_STEPS, learning_rate=LEARNING_RATE, **training)
+        self.policy = Policy(model_config, section, TEMPERATURE, build_accelerator(0), 0)
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:

@@ -22,7 +22,7 @@ FLOORS = {
     5: "rft.rollout rft.speaker rft.episode rft.slots rft.shaping rft.trainers rft.watch rft.show rft.transcript "
     "rft.curves",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
-    "rft.doctor rft.baseline",
+    "rft.doctor rft.baseline rft.plan",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
     "rft.preflight rft.regrade",
     8: "rft.lifecycle rft.job rft.evaluation rft.ui",
@@ -33,7 +33,7 @@ FLOORS = {
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = {  # listed as a whole
     *("rft.config", "rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers"),
-    *("rft.doctor", "rft.baseline", "rft.compare", "rft.report", "rft.ui", "rft.server", "rft.cli"),
+    *("rft.doctor", "rft.baseline", "rft.plan", "rft.compare", "rft.report", "rft.ui", "rft.server", "rft.cli"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
