@@ -45,6 +45,7 @@ def main(lifeline: str, grace_s: float, scratch: str, command: list[str]) -> int
         os.set_blocking(end, False)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to the task above us, sent to all below it too
     signal.set_wakeup_fd(wake_writer)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the group come to us, so that we can see them end
     watches_stdin = lifeline == "stdin"
