@@ -91,7 +91,7 @@ def summary(store: RunStore) -> dict[str, Any]:
 
 
 def status(store: RunStore) -> str:
-    """The state's status; `killed` when that is unfinished and nobody writes the run, `queued` when Slurm will go on."""
+    """The state's status; `killed` when that is unfinished and nobody writes the run, `queued` when Slurm has it."""
     try:
         return queue.status_of(store.path, store.status)
     except StorageError:  # state.json cannot be read, which `summary` says

@@ -1,0 +1,594 @@
+"""Runs as jobs of Slurm: who does what, what is refused, and on a real private cluster: trained, requeued, gone on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm
+import torch
+import yaml
+from slurm import Cluster
+from test_job import a_config, a_tree, stable, weights
+from workers import in_loop, workplace
+
+from rft.cluster import queue
+from rft.cluster.allocation import Allocation, parse_allocation, parse_options
+from rft.cluster.attempt import Announcement, Attempt, attempts_of
+from rft.cluster.closing import close
+from rft.cluster.commands import Rendezvous, engine_gpus, launch_command, launch_env, run_command
+from rft.cluster.machine import Place, check_equal, describe, missing
+from rft.cluster.submission import check_roles, slurm_parameters, submit
+from rft.errors import ClusterError, ConfigError, UserError
+from rft.show import overview, status
+from rft.store import RunStore
+from rft.tables import new_console
+
+DEADLINE_S = 240.0
+RUN = ["-m", "rft", "train"]
+
+# --- which node does what ---
+
+
+def test_the_last_nodes_sample() -> None:
+    asked = Allocation(nodes=3, engine_nodes=1, gpus_per_node=8, gpus_per_engine=2)
+    assert [asked.is_engine(node) for node in range(3)] == [False, False, True]
+    assert (asked.num_trainers, asked.num_ranks, asked.engines_per_node) == (2, 16, 4)
+    assert Allocation(nodes=2).num_ranks == 2, "on CPUs a rank per node"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"nodes": 2, "engine_nodes": 2}, "engine_nodes is 2 of 2 nodes; leave at least one that trains"),
+        ({"nodes": 2, "engine_nodes": 1, "gpus_per_node": 8, "gpus_per_engine": 3}, "8 GPUs cannot be so split"),
+        ({"nodes": 0}, "nodes: input should be greater than or equal to 1"),
+        ({"launch_config": Path("/nowhere.yaml")}, "is not there; take one of configs/accelerate/"),
+    ],
+)
+def test_what_cannot_be_allocated_is_said(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_allocation(asked)
+
+
+def test_options_of_sbatch_are_passed_on_but_for_ours() -> None:
+    assert parse_options(["qos=high", "--exclusive", "mem_per_cpu=2G"]) == {
+        "qos": "high",
+        "exclusive": "",
+        "mem-per-cpu": "2G",
+    }
+    for option in ("nodes=3", "--signal=USR1@5", "=x"):
+        with pytest.raises(ConfigError, match="cannot be given here"):
+            parse_options([option])
+
+
+def test_slurm_is_asked_for_one_task_per_node_and_a_notice(tmp_path: Path) -> None:
+    asked = Allocation(nodes=2, gpus_per_node=4, time="1:00:00", partition="p", slurm={"exclusive": "", "qos": "q"})
+    found = slurm_parameters(tmp_path, asked, "run-001")
+    assert (found["nodes"], found["ntasks_per_node"], found["gpus_per_node"], found["signal_delay_s"]) == (2, 1, 4, 120)
+    assert found["additional_parameters"] == {"requeue": True, "time": "1:00:00", "exclusive": True, "qos": "q"}
+    assert found["partition"] == "p" and "account" not in found
+    assert found["teardown"][-1].endswith(f'-m rft.cluster.closing {tmp_path} "$code"')
+    assert "gpus_per_node" not in slurm_parameters(tmp_path, Allocation(), "run-001")
+    assert slurm_parameters(tmp_path, Allocation(slurm={"cpus-per-task": "4"}), "r")["srun_args"] == [
+        "--cpus-per-task=4"
+    ]
+
+
+# --- command lines ---
+
+
+def test_one_rank_is_started_plainly_and_several_by_a_launcher(tmp_path: Path) -> None:
+    meeting = Rendezvous("10.0.0.1", 29500)
+    for one in (Allocation(), Allocation(gpus_per_node=1), Allocation(nodes=2, engine_nodes=1, gpus_per_node=1)):
+        assert launch_command(one, 0, meeting, RUN) == [sys.executable, *RUN]
+    many = launch_command(Allocation(nodes=3, engine_nodes=1, gpus_per_node=8), 1, meeting, RUN)
+    words = " ".join(many)
+    assert "accelerate.commands.launch --multi_gpu --mixed_precision no" in words
+    assert "--num_machines 2 --machine_rank 1 --num_processes 16" in words
+    assert "--main_process_ip 10.0.0.1 --main_process_port 29500 -m rft train" in words
+    launch_config = tmp_path / "fsdp2.yaml"
+    launch_config.touch()
+    words = " ".join(launch_command(Allocation(gpus_per_node=2, launch_config=launch_config), 0, meeting, RUN))
+    assert f"--config_file {launch_config} --num_machines 1" in words and "--multi_gpu" not in words
+    words = " ".join(launch_command(Allocation(nodes=2), 1, meeting, RUN))
+    assert "torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 1 --master_addr 10.0.0.1" in words
+    assert launch_env(Allocation(nodes=2), tmp_path, 1) == {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    assert launch_env(Allocation(), tmp_path, 0) == {"HF_HUB_OFFLINE": "1", "RFT_ENDING": str(tmp_path / "ending.json")}
+
+
+def test_accelerate_knows_the_flags() -> None:
+    """Of the version that is installed: it would refuse an unknown one on the node."""
+    from accelerate.commands.launch import launch_command_parser
+
+    command = launch_command(Allocation(nodes=2, gpus_per_node=8), 1, Rendezvous("10.0.0.1", 29500), RUN)
+    found = launch_command_parser().parse_args(command[3:])
+    assert (found.num_machines, found.machine_rank, found.num_processes) == (2, 1, 16)
+    assert found.main_process_port == 29500 and found.module and found.training_script == "rft"
+
+
+def test_the_run_goes_on_whether_or_not_it_has_begun(tmp_path: Path) -> None:
+    command = run_command(tmp_path / "runs" / "r", "train", ["http://a:1", "http://b:2"])
+    assert command[-3:] == ["--run-id", "r", "--resume"]
+    assert 'engine.url=["http://a:1", "http://b:2"]' in command and f'runs_dir="{tmp_path}/runs"' in command
+    assert not any(word.startswith("engine.url") for word in run_command(tmp_path, "train", []))
+
+
+def test_each_server_of_a_node_gets_its_own_gpus() -> None:
+    asked = Allocation(nodes=2, engine_nodes=1, gpus_per_node=4, gpus_per_engine=2)
+    assert [engine_gpus(asked, index, ["4", "5", "6", "7"]) for index in range(2)] == ["4,5", "6,7"]
+    assert engine_gpus(asked, 1, None) == "2,3"
+    assert engine_gpus(Allocation(nodes=2, engine_nodes=1), 0, None) is None
+
+
+# --- the nodes check each other ---
+
+
+def announced(node: int, **fields: Any) -> Announcement:
+    told: dict[str, Any] = {"node": node, "name": f"n{node}", "host": f"h{node}", "address": "10.0.0.1", "port": 1}
+    return Announcement.model_validate(told | {"num_gpus": 8, "versions": {"torch": "2.8"}} | fields)
+
+
+def test_unequal_versions_are_named_with_both_nodes() -> None:
+    check_equal([announced(0), announced(1)])
+    with pytest.raises(ClusterError, match=r"unequal versions: torch is 2\.8 on n0 and 2\.9 on n1\n  cure: install"):
+        check_equal([announced(0), announced(1, versions={"torch": "2.9"})])
+    with pytest.raises(ClusterError, match=r"torch is 2\.8 on n0 and missing on n1"):
+        check_equal([announced(0), announced(1, versions={})])
+
+
+def test_a_node_that_cannot_take_part_says_why_to_all() -> None:
+    with pytest.raises(ClusterError, match=r"n1 has no room\n  cure: make some"):
+        check_equal([announced(0), announced(1, problem="n1 has no room", cure="make some")])
+
+
+def test_a_node_without_its_gpus_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = Place(1, ("n0", "n1"), "7", 0)
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe(place, Allocation(nodes=2, gpus_per_node=2)).problem.startswith("n1 has 0 GPUs that its driver")
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: a'; echo 'GPU 1: b'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert describe(place, Allocation(nodes=2, gpus_per_node=2)).num_gpus == 1, "what Slurm gave, not what is there"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    found = describe(place, Allocation(nodes=2, gpus_per_node=2))
+    assert found.num_gpus == 2 and ("CPU build" in found.problem) == torch.__version__.endswith("+cpu")
+    on_cpu = describe(place, Allocation(nodes=2))
+    assert on_cpu.problem == "" and on_cpu.port > 0 and on_cpu.address == "127.0.0.1"
+
+
+def test_a_node_that_says_nothing_is_named_with_the_cure() -> None:
+    error = missing(Place(0, ("n0", "n1"), "7", 0), [1], 30.0)
+    assert "n1 did not announce itself within 30 s: the run folder is not shared" in str(error)
+    assert "cure: set runs_dir to a folder of the shared file system" in str(error)
+
+
+def test_files_of_an_attempt_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, "7", 2)
+    (tmp_path / "slurm").mkdir()
+    attempt.open()
+    assert attempt.announced(0) is None and attempt.ended(0) is None and attempt.engines(1) is None
+    attempt.announce(announced(0))
+    (attempt.path / "node-1.json").write_text('{"node": 1')
+    assert attempt.announced(0) == announced(0) and attempt.announced(1) is None
+    attempt.beat(0)
+    assert attempt.silent_s(0) < 1.0 and (tmp_path / "slurm" / "beat").exists()
+    Attempt(tmp_path, "7", 0).path.mkdir()
+    assert [one.restart for one in attempts_of(tmp_path, "7")] == [0, 2]
+
+
+# --- what Slurm says, by a script in its place ---
+
+
+def a_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    queue._looked.clear()
+
+
+def test_slurm_s_words_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "JobId=7 JobName=a Reason=x JobState=PENDING Reason=Resources Restarts=2 ExitCode=0:0 NodeList=(null)"
+    a_scontrol(tmp_path / "bin", monkeypatch, f"echo '{line.replace('a Reason=x', 'a')}'")
+    found = queue.ask("7")
+    assert found is not None and found.is_waiting and not found.is_over and found.num_restarts == 2
+    assert found.told() == "queued (Resources)"
+    a_scontrol(tmp_path / "bin", monkeypatch, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert queue.ask("7") is None
+    a_scontrol(tmp_path / "bin", monkeypatch, "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ClusterError, match=r"Unable to contact slurm controller\n  cure: check `scontrol ping`"):
+        queue.ask("7")
+    a_scontrol(tmp_path / "bin", monkeypatch, "sleep 20")
+    with pytest.raises(ClusterError, match="scontrol did not answer"):
+        queue.ask("7", 0.2)
+
+
+def test_a_run_in_the_queue_is_shown_so_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunStore.create(tmp_path / "runs", "r", {}) as store:
+        store.write_state({"status": "queued"})
+    (store.path / "slurm").mkdir()
+    (store.path / queue.JOB).write_text('{"job_id": "7"}')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    queue._looked.clear()
+    assert status(store) == "queued", "without Slurm's commands what the folder says is shown"
+    monkeypatch.undo()
+    a_scontrol(tmp_path / "bin", monkeypatch, "echo 'JobId=7 JobState=PENDING Reason=Priority Restarts=0'")
+    console = new_console()
+    with console.capture() as shown:
+        console.print(overview(store))
+    assert "r: queued" in shown.get() and "Slurm job 7: queued (Priority)" in shown.get()
+    with store:
+        store.write_state({"status": "running", "step": 3, "steps": 4})  # and nobody writes it: preempted
+    assert status(store) == "queued"
+    a_scontrol(tmp_path / "bin", monkeypatch, "echo 'JobId=7 JobState=RUNNING Reason=None NodeList=n1'")
+    assert status(store) == "starting"
+    a_scontrol(tmp_path / "bin", monkeypatch, "echo 'JobId=7 JobState=CANCELLED Reason=None'")
+    assert status(store) == "killed"
+
+
+def test_a_run_of_another_machine_lives_by_its_signs(tmp_path: Path) -> None:
+    with RunStore.create(tmp_path, "r", {}) as store:
+        store.write_state({"status": "running"})
+        assert store.is_written and store.writer() == os.getpid() and store.status == "running"
+    (store.path / ".lock").write_text("1 another-machine\n")
+    assert store.writer() is None and store.is_written and store.status == "running"
+    long_ago = time.time() - 3600
+    for path in store.path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert not store.is_written and store.status == "killed"
+
+
+# --- the last word of the batch script ---
+
+
+def test_a_killed_node_0_is_queued_again_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_scontrol(tmp_path / "bin", monkeypatch, f'echo "$@" >> {tmp_path}/said')
+    (tmp_path / "slurm").mkdir()
+    for restart in range(5):
+        attempt = Attempt(tmp_path, "7", restart)
+        attempt.open()
+        assert close(tmp_path, "7", restart, 137) == 137 and not attempt.path.joinpath("end-0.json").exists()
+        attempt.announce(announced(0))
+        assert close(tmp_path, "7", restart, 137) == 137
+    assert (tmp_path / "said").read_text() == "requeue 7\n" * 3
+    ended = Attempt(tmp_path, "8", 0)
+    ended.open()
+    ended.end(0, 2, "")
+    assert close(tmp_path, "8", 0, 1) == 2
+
+
+# --- refused before the queue is joined ---
+
+
+def test_without_slurm_or_submitit_the_cure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    has_submitit = importlib.util.find_spec("submitit") is not None
+    words = "there is no sbatch here\n  cure: call rft submit on a login node" if has_submitit else "submitit is not"
+    with pytest.raises(UserError, match=words):
+        submit(a_config(tmp_path), Allocation())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_engine_nodes_need_an_engine_that_serves(tmp_path: Path) -> None:
+    two = Allocation(nodes=2, engine_nodes=1)
+    with pytest.raises(ConfigError, match="transformers samples inside the run"):
+        check_roles(a_config(tmp_path), two, "train")
+    vllm = {"type": "vllm", "max_model_len": 256}
+    check_roles(a_config(tmp_path, engine=vllm), two, "train")
+    with pytest.raises(ConfigError, match=r"engine\.url and --engine-nodes both"):
+        check_roles(a_config(tmp_path, engine=vllm | {"url": "http://a:1"}), two, "train")
+    with pytest.raises(ConfigError, match="a warm-up runs on one device"):
+        check_roles(a_config(tmp_path), Allocation(nodes=2), "warmup")
+
+
+# --- a real Slurm ---
+
+needs_slurm = pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="submitit is not installed: pip install 'rft-local[cluster]'"
+)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the last bits do not depend on the machine's load."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def write(tmp_path: Path, **sections: Any) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(a_tree(tmp_path, **sections)))
+    return str(path)
+
+
+def begin(here: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    """`rft submit` in a process of its own; its words in one stream."""
+    command = [sys.executable, "-m", "rft", "submit", *arguments]
+    return subprocess.Popen(
+        command, env=os.environ | here.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def told(process: subprocess.Popen[str], code: int) -> str:
+    """Its words, once it has ended with that code."""
+    words, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == code, words
+    return words
+
+
+def until(is_so: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert process is None or process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps(run: Path) -> list[int]:
+    if not (run / "metrics.jsonl").exists():
+        return []
+    return [row["step"] for row in RunStore(run).metrics() if row["kind"] == "training"]
+
+
+def job_id(run: Path) -> str:
+    return str(json.loads((run / queue.JOB).read_text())["job_id"])
+
+
+def by_hand(tmp_path: Path) -> RunStore:
+    """The same run without Slurm, in another folder: its id, and so its seeds, are the same."""
+    where = f"runs_dir={tmp_path / 'by-hand'}"
+    command = [sys.executable, "-m", "rft", "train", str(tmp_path / "run.yaml"), where, "--run-id", "r"]
+    subprocess.run(command, check=True, timeout=DEADLINE_S, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return RunStore.open(tmp_path / "by-hand" / "r")
+
+
+def assert_same_run(store: RunStore, other: RunStore) -> None:
+    assert [stable(row) for row in store.metrics()] == [stable(row) for row in other.metrics()]
+    ours, theirs = weights(store.path), weights(other.path)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ids = [rollout.id for rollout in store.rollouts()]
+    lines = sum(len(path.read_text().splitlines()) for path in store.rollout_folder.glob("*.jsonl"))
+    assert len(ids) == len(set(ids)) == lines, "no rollout is counted twice"
+
+
+def processes_of(run: Path) -> list[str]:
+    """Command lines of processes of this machine that name the run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run) in words:
+            found.append(words)
+    return found
+
+
+LONG = {"steps": 12, "items_per_step": 2, "base_rollouts": 4, "learning_rate": 0.01}
+RARELY = {"every": 12, "validation_items": 2}
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_preempted_and_gone_on_equals_uninterrupted_bit_for_bit(here: Cluster, tmp_path: Path) -> None:
+    """Slurm takes the node back twice: by an administrator's requeue, and by the notice before the time limit."""
+    config, run = write(tmp_path, training=LONG, evaluation=RARELY), tmp_path / "runs" / "r"
+    process = begin(here, config, "--run-id", "r", "--wait")
+    until(lambda: (run / queue.JOB).exists(), process)
+    assert oct((run / "job_config.yaml").stat().st_mode)[-3:] == "600"
+    write(tmp_path, training=LONG | {"learning_rate": 0.5}, evaluation=RARELY)  # changes nothing any more
+    job = job_id(run)
+    for num, command in ((2, ["scontrol", "requeue", job]), (6, ["scancel", "--signal=USR2", job])):
+        until(lambda num=num: len(steps(run)) >= num, process)  # type: ignore[misc]
+        here.run(*command)
+        asked_at, step = time.monotonic(), max(steps(run))
+        restart = 1 if num == 2 else 2
+        until(lambda restart=restart: (Attempt(run, job, restart).path / "node-0.json").exists(), process)  # type: ignore[misc]
+        until(lambda step=step: max(steps(run)) > step + 1, process)  # type: ignore[misc]
+        assert time.monotonic() - asked_at < 90.0
+    words = told(process, 0)
+    assert "queued (BeginTime)" in words and words.rstrip().endswith(f"job {job}: completed")
+    ends = [attempt.ended(0) for attempt in attempts_of(run, job)]
+    assert [end.code for end in ends if end is not None] == [75, 75, 0]
+    assert ends[1] is not None and ends[1].why.endswith("queued again"), "the notice requeues the job itself"
+    assert json.loads((run / queue.QUEUE).read_text())["state"] == "completed"
+    write(tmp_path, training=LONG, evaluation=RARELY)
+    assert_same_run(RunStore.open(run), by_hand(tmp_path))
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_a_node_that_is_lost_is_queued_again(here: Cluster, tmp_path: Path) -> None:
+    config, run = write(tmp_path, training=LONG, evaluation=RARELY), tmp_path / "runs" / "r"
+    process = begin(here, config, "--run-id", "r", "--wait")
+    until(lambda: len(steps(run)) >= 2, process)
+    (task,) = _pids("submitit.core._submit", str(run), but="srun")
+    os.kill(task, signal.SIGKILL)
+    told(process, 0)
+    assert [len(attempts_of(run, job_id(run))), steps(run)] == [2, list(range(1, 13))]
+    assert not processes_of(run)
+
+
+def _pids(*words: str, but: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words) and not line.startswith((but, "/bin/bash")):
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_ending_the_follower_cancels_the_job_and_all_of_it(here: Cluster, tmp_path: Path) -> None:
+    training = LONG | {"steps": 500}
+    config, run = write(tmp_path, training=training, evaluation=RARELY), tmp_path / "runs" / "r"
+    process = begin(here, config, "--run-id", "r", "--wait")
+    until(lambda: len(steps(run)) >= 1, process)
+    again = begin(here, config, "--run-id", "r", "--resume")
+    assert "is still active: it was not submitted again" in told(again, 0)
+    process.terminate()
+    told(process, 130)
+    until(lambda: not processes_of(run))
+    found = queue_state(here, job_id(run))
+    assert found == "CANCELLED"
+    assert RunStore(run).read_state()["status"] == "cancelled"
+
+
+def queue_state(here: Cluster, job: str) -> str:
+    words = here.run("scontrol", "--oneliner", "show", "job", job).split()
+    return next(word for word in words if word.startswith("JobState=")).removeprefix("JobState=")
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_two_nodes_train_as_two_ranks(here: Cluster, tmp_path: Path) -> None:
+    config, run = write(tmp_path), tmp_path / "runs" / "r"
+    told(begin(here, config, "--run-id", "r", "--nodes", "2", "--wait"), 0)
+    assert steps(run) == [1, 2, 3]
+    (attempt,) = attempts_of(run, job_id(run))
+    assert [end and end.code for end in map(attempt.ended, range(2))] == [0, 0]
+    assert [one and one.name for one in map(attempt.announced, range(2))] == ["node1", "node2"]
+    log = (attempt.path / "node-1.log").read_text()
+    assert "run folder" not in log, "the second rank tells no story of its own"
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_one_node_trains_while_another_samples_with_vllm(here: Cluster, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    engine = {"type": "vllm", "max_model_len": 256, "kv_cache_gib": 0.1, "max_concurrent": 8}
+    config, run = write(tmp_path, engine=engine), tmp_path / "runs" / "r"
+    told(begin(here, config, "--run-id", "r", "--nodes", "2", "--engine-nodes", "1", "--wait"), 0)
+    assert steps(run) == [1, 2, 3]
+    (attempt,) = attempts_of(run, job_id(run))
+    assert attempt.engines(1) and attempt.engines(0) is None and (attempt.path / "engine-1-0.log").exists()
+    assert not (run / "engine.log").exists(), "the run launched none itself"
+    until(lambda: not processes_of(run))
+
+
+# --- what is wrong is said, with the cure ---
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--partition", "nope"], "Slurm does not take the job; sbatch says:.*Invalid partition name specified"),
+        (["--nodes", "5"], "Requested node configuration is not available"),
+        (["--slurm", "novel=1"], "unrecognized option"),
+        (["--nodes", "2", "--engine-nodes", "1"], "transformers samples inside the run"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--gpus-per-node", "1", "--wait"], "node1 has 0 GPUs that its driver knows, 1 were asked for"),
+    ],
+)
+def test_what_cannot_be_is_said(here: Cluster, tmp_path: Path, options: list[str], words: str) -> None:
+    process = begin(here, write(tmp_path), *options)
+    text, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode in (1, 2), text
+    assert _found(words, text) and "cure:" in text, text
+    if "--wait" not in options:
+        assert not list((tmp_path / "runs").glob("*")), "what Slurm does not take leaves no folder"
+
+
+def _found(words: str, text: str) -> bool:
+    import re
+
+    return re.search(words, text, re.DOTALL) is not None
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slurm", "nodelist=node2"], r"Slurm could not write into .* on node2: the run folder is not shared"),
+        (["--nodes", "2"], "node2 did not announce itself within 30 s: the run folder is not shared"),
+    ],
+    ids=["the first node", "another node"],
+)
+def test_a_folder_that_is_not_shared_is_named(here: Cluster, tmp_path: Path, options: list[str], words: str) -> None:
+    runs = here.unshared / tmp_path.name
+    text = told(begin(here, write(tmp_path), f"runs_dir={runs}", "--wait", *options), 1)
+    assert _found(words, text) and "cure: set runs_dir to a folder of the shared file system" in text, text
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_unequal_versions_and_a_taken_port_are_named(here: Cluster, tmp_path: Path) -> None:
+    """Node 2 does not see the folder `unshared`, which comes first on the path here."""
+    from rft.listener import bound
+
+    package = here.unshared / "site" / "accelerate-99.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 99.0\n")
+    before = os.environ["PYTHONPATH"]
+    os.environ["PYTHONPATH"] = f"{package.parent}:{before}"  # the fixture of the module puts it back
+    text = told(begin(here, write(tmp_path), "--nodes", "2", "--wait"), 1)
+    assert _found(r"unequal versions: accelerate is 99\.0 on node1 and \S+ on node2\n  cure: install the same", text)
+    os.environ["PYTHONPATH"] = before
+    with bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        text = told(begin(here, write(tmp_path), "--port", str(port), "--wait"), 1)
+    assert f"on node1: cannot listen: Address already in use on 127.0.0.1:{port}" in text and "cure:" in text, text
+
+
+# --- the server ---
+
+
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+@in_loop
+async def test_a_server_s_job_runs_on_slurm(tmp_path: Path) -> None:
+    with slurm.cluster(tmp_path / "slurm") as here:
+        before = dict(os.environ)
+        os.environ |= here.env
+        try:
+            async with workplace(tmp_path / "data", type="slurm", slurm={"job-name": "ours"}) as place:
+                job = place.add(a_tree(tmp_path))
+                await place.until_status(job, "running")
+                assert RunStore(place.jobs.folder(job)).read_state()["status"] != "queued"
+                found = await place.until_status(job, "succeeded", "failed")
+                assert found["status"] == "succeeded", place.messages(job)
+                assert place.steps(job) == [1, 2, 3]
+                run = place.jobs.folder(job)
+                assert queue.job_of(run) is not None and attempts_of(run.resolve(), job_id(run))
+                broken = place.add(a_tree(tmp_path, model={"path": str(tmp_path / "nowhere"), "dtype": "float32"}))
+                failed = await place.until_status(broken, "failed")
+                assert "nowhere is not a model folder" in failed["error"]["message"]
+        finally:
+            os.environ.clear()
+            os.environ |= before
