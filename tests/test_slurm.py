@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -19,16 +22,23 @@ import torch
 import yaml
 from slurm import Cluster
 from test_job import a_config, a_tree, stable, weights
+from tiny import tiny_model_folder
 from workers import in_loop, workplace
 
+from rft import cli
 from rft.cluster import queue
 from rft.cluster.allocation import Allocation, parse_allocation, parse_options
 from rft.cluster.attempt import Announcement, Attempt, attempts_of
 from rft.cluster.closing import close
 from rft.cluster.commands import Rendezvous, engine_gpus, launch_command, launch_env, run_command
 from rft.cluster.machine import Place, check_equal, describe, missing
+from rft.cluster.node import Node, NodeTask
 from rft.cluster.submission import check_roles, slurm_parameters, submit
+from rft.config import VllmEngineConfig
+from rft.engines.vllm_server import server_command
 from rft.errors import ClusterError, ConfigError, UserError
+from rft.listener import bound
+from rft.server.settings import ServerConfig, SlurmWorkerConfig
 from rft.show import overview, status
 from rft.store import RunStore
 from rft.tables import new_console
@@ -188,6 +198,31 @@ def test_files_of_an_attempt_are_read_whole_or_not_at_all(tmp_path: Path) -> Non
     assert [one.restart for one in attempts_of(tmp_path, "7")] == [0, 2]
 
 
+def test_a_node_that_sees_another_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "nonce").write_text("somebody else's")
+    task = NodeTask(str(tmp_path), str(tmp_path), "ours", Allocation(nodes=2).model_dump(mode="json"), "train")
+    task = pickle.loads(pickle.dumps(task))
+    assert asyncio.run(Node(task, Place(1, ("n0", "n1"), "7", 0)).live()) == 1
+    words = capsys.readouterr().err
+    assert f"n1: {tmp_path} is not shared between the login node and n1" in words and "cure: set runs_dir" in words
+    assert not list((tmp_path / "slurm").glob("attempt-*"))
+
+
+def test_nodes_end_together_where_one_cannot_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Node 0 of two: the other one has announced a problem, before any run is started."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "nonce").write_text("ours")
+    attempt = Attempt(tmp_path, "7", 0)
+    attempt.open()
+    attempt.announce(announced(1, problem="n1 has 0 GPUs", cure="get some"))
+    task = NodeTask(str(tmp_path), str(tmp_path), "ours", Allocation(nodes=2).model_dump(mode="json"), "train")
+    assert asyncio.run(Node(task, Place(0, ("n0", "n1"), "7", 0)).live()) == 1
+    end = attempt.ended(0)
+    assert end is not None and end.code == 1 and end.why == "n1 has 0 GPUs\n  cure: get some"
+    assert end.why in capsys.readouterr().err
+
+
 # --- what Slurm says, by a script in its place ---
 
 
@@ -291,6 +326,37 @@ def test_engine_nodes_need_an_engine_that_serves(tmp_path: Path) -> None:
         check_roles(a_config(tmp_path, engine=vllm | {"url": "http://a:1"}), two, "train")
     with pytest.raises(ConfigError, match="a warm-up runs on one device"):
         check_roles(a_config(tmp_path), Allocation(nodes=2), "warmup")
+
+
+def test_an_engine_is_not_started_on_a_port_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["rft", "engine", write(tmp_path), "--port", port])
+        with pytest.raises(SystemExit) as ending:
+            cli.main()
+    assert ending.value.code == 2 and f"127.0.0.1:{port}: cannot listen" in capsys.readouterr().err
+
+
+def test_a_server_listens_where_other_nodes_reach_it(tmp_path: Path) -> None:
+    config = a_config(tmp_path, engine={"type": "vllm", "max_model_len": 256})
+    assert isinstance(config.engine, VllmEngineConfig)
+    words = " ".join(server_command(config.engine, config.model, ("10.0.0.1", 8010), True, None))
+    assert "--host 10.0.0.1 --port 8010" in words and "--uds" not in words
+
+
+def test_a_worker_of_the_server_is_rft_submit() -> None:
+    worker = {"type": "slurm", "nodes": 2, "engine_nodes": 1, "gpus_per_node": 8, "slurm": {"qos": "high"}}
+    config = ServerConfig.model_validate({"models": {}, "worker": worker}).worker
+    assert isinstance(config, SlurmWorkerConfig)
+    options = config.options(is_warmup=False)
+    assert {"--nodes=2", "--engine-nodes=1", "--gpus-per-node=8", "--slurm=qos=high"} <= set(options)
+    assert {"--nodes=1", "--engine-nodes=0", "--gpus-per-node=1", "--warmup"} <= set(config.options(is_warmup=True))
+    with pytest.raises(ValueError, match="leave at least one that trains"):
+        ServerConfig.model_validate({"models": {}, "worker": worker | {"nodes": 1}})
+    assert ServerConfig.model_validate({"models": {}}).worker.type == "local"
 
 
 # --- a real Slurm ---
@@ -485,7 +551,9 @@ def test_two_nodes_train_as_two_ranks(here: Cluster, tmp_path: Path) -> None:
 def test_one_node_trains_while_another_samples_with_vllm(here: Cluster, tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     engine = {"type": "vllm", "max_model_len": 256, "kv_cache_gib": 0.1, "max_concurrent": 8}
-    config, run = write(tmp_path, engine=engine), tmp_path / "runs" / "r"
+    heads = tiny_model_folder(tmp_path / "heads", hidden_size=128, num_attention_heads=4)  # of 32: vLLM has kernels
+    model = {"path": str(heads), "dtype": "float32", "lora": {"rank": 4}}
+    config, run = write(tmp_path, engine=engine, model=model), tmp_path / "runs" / "r"
     told(begin(here, config, "--run-id", "r", "--nodes", "2", "--engine-nodes", "1", "--wait"), 0)
     assert steps(run) == [1, 2, 3]
     (attempt,) = attempts_of(run, job_id(run))
@@ -521,8 +589,6 @@ def test_what_cannot_be_is_said(here: Cluster, tmp_path: Path, options: list[str
 
 
 def _found(words: str, text: str) -> bool:
-    import re
-
     return re.search(words, text, re.DOTALL) is not None
 
 
@@ -548,8 +614,6 @@ def test_a_folder_that_is_not_shared_is_named(here: Cluster, tmp_path: Path, opt
 @needs_submitit
 def test_unequal_versions_and_a_taken_port_are_named(here: Cluster, tmp_path: Path) -> None:
     """Node 2 does not see the folder `unshared`, which comes first on the path here."""
-    from rft.listener import bound
-
     package = here.unshared / "site" / "accelerate-99.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 99.0\n")

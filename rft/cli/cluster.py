@@ -39,6 +39,7 @@ def submit(
     """Train as a job of Slurm. It saves and goes on by itself when it is preempted or its time is up."""
     from rft.cluster.allocation import parse_allocation, parse_options
     from rft.cluster.following import follow
+    from rft.cluster.submission import spare_torch
     from rft.cluster.submission import submit as queue_run
     from rft.config import load_config
 
@@ -56,6 +57,7 @@ def submit(
         "launch_config": launch_config,
     }
     allocation = parse_allocation(asked)
+    spare_torch()
     found = queue_run(
         load_config(config, overrides), allocation, "warmup" if warmup else "train", run_id=run_id, resume=resume
     )

@@ -23,6 +23,7 @@ _SILENCE_S = 600.0  # of Slurm, before we give up
 _CANCEL_S = 90.0
 _LAUNCH_FAILED = "JobLaunchFailure"
 _NUM_LINES = 15
+_MAX_NODES = 1024  # that are looked at for why they ended
 
 
 def follow(run: Path, job_id: str, say: Callable[[str], None]) -> int:
@@ -84,6 +85,9 @@ def _exit_code(run: Path, job_id: str, job: QueuedJob | None, say: Callable[[str
         raise ClusterError(_told(last, end), cure="" if "cure:" in end.why else _again(run))
     say(f"the run ended with code {end.code}; {last.log('node-0')} says:")
     say("\n".join(_tail(last.log("node-0"))))
+    for node in range(1, _MAX_NODES):
+        if (other := last.ended(node)) is not None and other.why:
+            say(f"node {node} ended with code {other.code}: {other.why}")
     return end.code
 
 

@@ -25,7 +25,8 @@ from rft.cluster.attempt import BEAT_S, NONCE, Announcement, Attempt
 from rft.cluster.commands import ENDING, Kind, Rendezvous, launch_command, launch_env, run_command
 from rft.cluster.machine import Place, check_equal, describe, missing
 from rft.engines.launch import ServerProcess, launch, make_scratch
-from rft.errors import ClusterError, RftError
+from rft.errors import ClusterError, EngineError, RftError, StorageError
+from rft.files import read_json
 from rft.store import RunStore
 
 _CHECK_S = 30.0  # for all nodes to announce themselves
@@ -125,7 +126,8 @@ class Node:
 
     async def _beat(self) -> None:
         while True:
-            self.attempt.beat(self.place.node)
+            with contextlib.suppress(StorageError):  # the run meets the same disk, and says so
+                self.attempt.beat(self.place.node)
             await asyncio.sleep(BEAT_S)
 
     # --- who is there ---
@@ -155,11 +157,12 @@ class Node:
             if end is not None:
                 raise ClusterError(f"{self.place.name_of(node)} ended with code {end.code}: {end.why}")
 
-    def _lost(self) -> str | None:
-        """A node that trains and has not been heard of."""
-        others = (node for node in range(self.allocation.num_trainers) if node != self.place.node)
-        lost = (node for node in others if self.attempt.silent_s(node) > _LOST_S and self.attempt.ended(node) is None)
-        return next((self.place.name_of(node) for node in lost), None)
+    def _raise_if_lost(self, nodes: range) -> None:
+        """Where one of the nodes has not been heard of, and has not ended."""
+        for node in nodes:
+            is_other = node != self.place.node
+            if is_other and self.attempt.silent_s(node) > _LOST_S and self.attempt.ended(node) is None:
+                raise Interrupted(f"{self.place.name_of(node)} was lost")
 
     # --- nodes that train ---
 
@@ -176,6 +179,8 @@ class Node:
             await self._follow(process)
         finally:
             await process.close()
+        if self.allocation.engine_nodes and self.place.node == 0 and _is_engine_error(self.run / ENDING):
+            await self._wait_for_losses()
         return self._judged(process)
 
     async def _engine_urls(self) -> list[str]:
@@ -184,8 +189,7 @@ class Node:
         for node in range(self.allocation.num_trainers, self.allocation.nodes):
             while (found := self.attempt.engines(node)) is None:
                 self._raise_if_over()
-                if self.attempt.silent_s(node) > _LOST_S:
-                    raise Interrupted(f"{self.place.name_of(node)} was lost")
+                self._raise_if_lost(range(node, node + 1))
                 await asyncio.sleep(_POLL_S)
             urls += found
         return urls
@@ -203,9 +207,16 @@ class Node:
             if self.place.node != 0 and self.attempt.ended(0) is not None:
                 await process.has_ended(_FAREWELL_S)
                 return
-            if (lost := self._lost()) is not None:
-                await process.close()
-                raise Interrupted(f"{lost} was lost")
+            self._raise_if_lost(range(self.allocation.num_trainers))
+
+    async def _wait_for_losses(self) -> None:
+        """A run that fails because its engines are gone may have lost their node: that is known a little later."""
+        deadline = asyncio.get_running_loop().time() + _LOST_S + 2 * BEAT_S
+        while asyncio.get_running_loop().time() < deadline:
+            self._raise_if_lost(range(self.allocation.num_trainers, self.allocation.nodes))
+            if self._asked is not None or any(map(self.attempt.ended, range(1, self.allocation.nodes))):
+                return
+            await asyncio.sleep(_POLL_S)
 
     def _judged(self, process: ServerProcess) -> int:
         """The exit code of the run; Interrupted where it was ended before its end."""
@@ -225,8 +236,7 @@ class Node:
             while not any([await server.has_ended(_POLL_S) for server in servers]):
                 if self.attempt.ended(0) is not None:
                     return 0
-                if self.attempt.silent_s(0) > _LOST_S:
-                    raise Interrupted(f"{self.place.name_of(0)} was lost")
+                self._raise_if_lost(range(1))
                 if self._asked is not None and asyncio.get_running_loop().time() > self._deadline:
                     return 0
             return 0 if self.attempt.ended(0) is not None else _server_died(servers)
@@ -255,6 +265,10 @@ class Node:
         except ClusterError as error:
             return f"not queued again: {error}\n  cure: rft submit {self.run}/job_config.yaml --resume"
         return "queued again"
+
+
+def _is_engine_error(ending: Path) -> bool:
+    return ending.is_file() and read_json(ending).get("kind") == EngineError.__name__
 
 
 def _server_died(servers: list[ServerProcess]) -> int:

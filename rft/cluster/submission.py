@@ -80,6 +80,17 @@ def submit(
     return Submitted(Path(task.run), job_id)
 
 
+def spare_torch() -> None:
+    """For a process that only submits: transformers without torch has tokenizers and no models, and loads in a second
+    instead of six. Nothing else in this process can use torch afterwards.
+    """
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # Python's own way of saying that there is none
+    import transformers  # noqa: F401
+
+    del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]  # the job has the environment of who submits
+
+
 def check_cluster() -> None:
     """Raises UserError without submitit or without Slurm's commands."""
     if importlib.util.find_spec("submitit") is None:
