@@ -122,6 +122,9 @@ class Node:
         if nonce != self.task.nonce:
             cure = "set runs_dir to a folder of the shared file system"
             raise ClusterError(f"{self.run} is not shared between the login node and {self.place.name}", cure=cure)
+        if not Path(self.task.cwd).is_dir():
+            cure = "call rft submit in a folder of the shared file system"
+            raise ClusterError(f"{self.task.cwd}, where the run was submitted, is not on {self.place.name}", cure=cure)
         self.attempt.open()
 
     async def _beat(self) -> None:
@@ -179,7 +182,7 @@ class Node:
             await self._follow(process)
         finally:
             await process.close()
-        if self.allocation.engine_nodes and self.place.node == 0 and _is_engine_error(self.run / ENDING):
+        if self.place.node == 0 and process.exit_code and _told(self.run) in ("", EngineError.__name__):
             await self._wait_for_losses()
         return self._judged(process)
 
@@ -210,19 +213,26 @@ class Node:
             self._raise_if_lost(range(self.allocation.num_trainers))
 
     async def _wait_for_losses(self) -> None:
-        """A run that fails because its engines are gone may have lost their node: that is known a little later."""
-        deadline = asyncio.get_running_loop().time() + _LOST_S + 2 * BEAT_S
-        while asyncio.get_running_loop().time() < deadline:
-            self._raise_if_lost(range(self.allocation.num_trainers, self.allocation.nodes))
-            if self._asked is not None or any(map(self.attempt.ended, range(1, self.allocation.nodes))):
-                return
+        """A run that fails because another node is gone fails before that node counts as lost.
+
+        Raises Interrupted once it does; returns when the others have ended by themselves, or live on.
+        """
+        others = range(1, self.allocation.num_trainers)
+        if _told(self.run) == EngineError.__name__:
+            others = range(self.allocation.num_trainers, self.allocation.nodes)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _LOST_S + 2 * BEAT_S
+        while loop.time() < deadline and self._asked is None and not all(map(self.attempt.ended, others)):
+            self._raise_if_lost(others)
             await asyncio.sleep(_POLL_S)
 
     def _judged(self, process: ServerProcess) -> int:
         """The exit code of the run; Interrupted where it was ended before its end."""
         state = RunStore(self.run).read_state()
-        has_spoken = state.get("status") in ("succeeded", "failed")
-        if self.place.node == 0 and self._asked is not None and not has_spoken:
+        status = state.get("status")
+        # servers may be ended by the same signal, a moment earlier
+        has_spoken = status == "succeeded" or (status == "failed" and _told(self.run) != EngineError.__name__)
+        if self._asked is not None and self.place.node == 0 and not has_spoken:
             raise Interrupted(f"{self._asked.name}: the run goes on after step {state.get('step', 0)}")
         return process.exit_code
 
@@ -267,8 +277,9 @@ class Node:
         return "queued again"
 
 
-def _is_engine_error(ending: Path) -> bool:
-    return ending.is_file() and read_json(ending).get("kind") == EngineError.__name__
+def _told(run: Path) -> str:
+    """The kind of error that the run ended with, "" where it named none."""
+    return str(read_json(run / ENDING).get("kind")) if (run / ENDING).is_file() else ""
 
 
 def _server_died(servers: list[ServerProcess]) -> int:

@@ -130,7 +130,7 @@ def look(run: Path) -> QueuedJob | None:
 
 def status_of(run: Path, status: str) -> str:
     """The status that a run folder says, corrected by what Slurm knows of the run's job."""
-    if status in ("succeeded", "failed") or (job := look(run)) is None:
+    if status == "succeeded" or (job := look(run)) is None:
         return status
     if job.is_waiting:
         return "queued"
