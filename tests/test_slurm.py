@@ -31,6 +31,7 @@ from rft.cluster.allocation import Allocation, parse_allocation, parse_options
 from rft.cluster.attempt import Announcement, Attempt, attempts_of
 from rft.cluster.closing import close
 from rft.cluster.commands import Rendezvous, engine_gpus, launch_command, launch_env, run_command
+from rft.cluster.following import Hurry
 from rft.cluster.machine import Place, check_equal, describe, missing
 from rft.cluster.node import Node, NodeTask
 from rft.cluster.submission import check_roles, slurm_parameters, submit
@@ -248,6 +249,22 @@ def test_slurm_s_words_are_understood(tmp_path: Path, monkeypatch: pytest.Monkey
     a_scontrol(tmp_path / "bin", monkeypatch, "sleep 20")
     with pytest.raises(ClusterError, match="scontrol did not answer"):
         queue.ask("7", 0.2)
+
+
+def test_a_requeued_job_starts_once_its_last_end_has_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm takes the end of the batch script for that of the next attempt, where that has begun."""
+    a_scontrol(tmp_path / "bin", monkeypatch, f'echo "$@" >> {tmp_path}/said')
+    waits, hurry = queue.QueuedJob("PENDING", "BeginTime", "", "0:0", 1), Hurry("7")
+    hurry.look(queue.QueuedJob("COMPLETING", "", "n1", "0:0", 1), 100.0)
+    for now in (101.0, 105.0, 109.0):
+        hurry.look(waits, now)
+    assert not (tmp_path / "said").exists()
+    for now in (111.0, 112.0, 150.0):
+        hurry.look(waits, now)
+    assert (tmp_path / "said").read_text() == "update JobId=7 StartTime=now\n"
+    hurry.look(queue.QueuedJob("PENDING", "BeginTime", "", "0:0", 0), 200.0)
+    hurry.look(queue.QueuedJob("PENDING", "BeginTime", "", "0:0", 0), 300.0)
+    assert (tmp_path / "said").read_text().count("\n") == 1, "a start that the user put off is left alone"
 
 
 def test_a_run_in_the_queue_is_shown_so_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

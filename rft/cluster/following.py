@@ -19,6 +19,7 @@ from rft.files import replace
 
 _POLL_S = 1.0
 _SAY_AGAIN_S = 60.0  # while nobody else gives a sign of life
+_SETTLE_S = 10.0  # a job that starts before the end of its last attempt has come in is taken to have ended itself
 _SILENCE_S = 600.0  # of Slurm, before we give up
 _CANCEL_S = 90.0
 _LAUNCH_FAILED = "JobLaunchFailure"
@@ -37,30 +38,44 @@ def follow(run: Path, job_id: str, say: Callable[[str], None]) -> int:
     return _exit_code(run, job_id, job, say)
 
 
+class Hurry:
+    """Lets a requeued job start, once per restart, as soon as the end of its last attempt has reached Slurm."""
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+        self._num_hurried, self._since = 0, 0.0
+
+    def look(self, job: QueuedJob, now: float) -> None:
+        if not (job.is_waiting and job.reason == "BeginTime" and job.num_restarts > self._num_hurried):
+            self._since = now
+        elif now - self._since > _SETTLE_S:
+            self._num_hurried = job.num_restarts
+            with contextlib.suppress(ClusterError):  # not permitted: it waits for two minutes
+                queue.start_now(self._job_id)
+
+
 def _until_over(run: Path, job_id: str, say: Callable[[str], None]) -> QueuedJob | None:
-    told, told_at, heard_at, num_hurried = "", 0.0, time.monotonic(), 0
+    told, told_at, heard_at, hurry = "", 0.0, time.monotonic(), Hurry(job_id)
     while True:
+        now = time.monotonic()
         try:
             job = queue.ask(job_id)
-            heard_at = time.monotonic()
+            heard_at = now
         except ClusterError:
-            if time.monotonic() - heard_at > _SILENCE_S:
+            if now - heard_at > _SILENCE_S:
                 raise
             time.sleep(_POLL_S)
             continue
-        if job is not None and job.is_waiting and job.num_restarts > num_hurried and job.reason == "BeginTime":
-            num_hurried = job.num_restarts
-            with contextlib.suppress(ClusterError):  # not permitted: it waits for two minutes
-                queue.start_now(job_id)
         words = job.told() if job is not None else "over"
+        is_long = job is not None and job.is_waiting and now - told_at > _SAY_AGAIN_S
         if words != told:
             say(f"job {job_id}: {words}")
-        is_long = job is not None and job.is_waiting and time.monotonic() - told_at > _SAY_AGAIN_S
         if words != told or is_long:
-            told, told_at = words, time.monotonic()
+            told, told_at = words, now
             _write(run, job_id, words)
         if job is None or job.is_over:
             return job
+        hurry.look(job, now)
         time.sleep(_POLL_S)  # Slurm tells nobody: it has to be asked
 
 
