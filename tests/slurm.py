@@ -109,8 +109,10 @@ def cluster(folder: Path, kill_wait_s: int = 20) -> Iterator[Cluster]:
     try:
         started += [_start(command, here) for command in _daemons(folder)]
         _wait_until_idle(here, started)
-        yield here
-        here.cancel_all()
+        try:
+            yield here
+        finally:
+            here.cancel_all()
     finally:
         for process in reversed(started):
             _end(process)
