@@ -21,7 +21,7 @@ from test_job import a_config, a_tree
 
 from rft import cli
 from rft.cluster import queue
-from rft.cluster.allocation import Allocation, parse_allocation, parse_options
+from rft.cluster.allocation import Allocation, parse_allocation, parse_options, time_limit_s
 from rft.cluster.attempt import Announcement, Attempt, attempts_of
 from rft.cluster.closing import close
 from rft.cluster.commands import Rendezvous, engine_gpus, launch_command, launch_env, run_command
@@ -56,6 +56,8 @@ def test_the_last_nodes_sample() -> None:
     [
         ({"nodes": 2, "engine_nodes": 2}, "engine_nodes is 2 of 2 nodes; leave at least one that trains"),
         ({"nodes": 2, "engine_nodes": 1, "gpus_per_node": 8, "gpus_per_engine": 3}, "8 GPUs cannot be so split"),
+        ({"time": "3:00"}, "time is 180 s and notice_s 120: nothing is left to train in"),
+        ({"time": "soon"}, "time is 'soon'; Slurm's forms are"),
         ({"nodes": 0}, "nodes: input should be greater than or equal to 1"),
         ({"launch_config": Path("/nowhere.yaml")}, "is not there; take one of configs/accelerate/"),
     ],
@@ -63,6 +65,12 @@ def test_the_last_nodes_sample() -> None:
 def test_what_cannot_be_allocated_is_said(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_allocation(asked)
+
+
+def test_slurm_s_time_limits_are_understood() -> None:
+    forms = {"90": 5400, "90:30": 5430, "1:30:00": 5400, "2-0": 172800, "1-12:30": 131400, "1-0:0:5": 86405}
+    assert {form: time_limit_s(form) for form in forms} == forms
+    assert time_limit_s("UNLIMITED") == float("inf")
 
 
 def test_options_of_sbatch_are_passed_on_but_for_ours() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -40,6 +41,11 @@ class Allocation(Config):
             )
         if self.engine_nodes and self.gpus_per_node % self.gpus_per_engine:
             raise ValueError(f"gpus_per_engine is {self.gpus_per_engine}: {self.gpus_per_node} GPUs cannot be so split")
+        if self.time is not None and (limit_s := time_limit_s(self.time)) <= 2 * self.notice_s:
+            raise ValueError(
+                f"time is {limit_s:.0f} s and notice_s {self.notice_s}: nothing is left to train in; raise the one or "
+                "lower the other"
+            )
         if self.launch_config is not None and not self.launch_config.is_file():
             raise ValueError(f"launch_config {self.launch_config} is not there; take one of configs/accelerate/")
         return self
@@ -60,6 +66,18 @@ class Allocation(Config):
 
     def is_engine(self, node: int) -> bool:
         return node >= self.num_trainers
+
+
+def time_limit_s(text: str) -> float:
+    """Seconds of a limit in Slurm's form: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isascii() and part.isdigit() for part in (*parts, *([days] if dash else []))) or len(parts) > 3:
+        raise ValueError(f"time is {text!r}; Slurm's forms are 90, 90:00, 1:30:00, 2-0, 2-12:00:00")
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 def parse_allocation(values: Mapping[str, object]) -> Allocation:

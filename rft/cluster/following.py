@@ -130,7 +130,9 @@ def _cure(run: Path, job: QueuedJob | None) -> str:
 
 
 def _again(run: Path) -> str:
-    return f"`rft submit {run / 'job_config.yaml'} --run-id {run.name} --resume` goes on after the last complete step"
+    warmup = " --warmup" if (queue.job_of(run) or {}).get("kind") == "warmup" else ""
+    command = f"rft submit {run / 'job_config.yaml'} --run-id {run.name} --resume{warmup}"
+    return f"`{command}`, with the options of before, goes on after the last complete step"
 
 
 def _tail(path: Path) -> list[str]:

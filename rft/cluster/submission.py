@@ -30,6 +30,7 @@ from rft.cluster.node import NodeTask
 from rft.config import RunConfig, VllmEngineConfig
 from rft.errors import ClusterError, ConfigError, UserError
 from rft.files import replace, storing
+from rft.lesson import load_lesson
 from rft.preflight import check_fits, load_splits, open_store
 from rft.store import RunStore
 from rft.threads import DaemonThreads
@@ -61,9 +62,10 @@ def submit(
     if resume and run_id is not None and (job_id := _active_job(config.runs_dir / run_id)) is not None:
         return Submitted((config.runs_dir / run_id).resolve(), job_id, is_new=False)
     check_trackers(config.trackers)
-    check_fits(config, Chat.from_folder(config.model.path), load_splits(config))
+    _check_data(config, kind)
+    stored = config.model_copy(update={"name": f"{config.name}-warmup"}) if kind == "warmup" else config
     was_there = run_id is not None and (config.runs_dir / run_id).exists()
-    with open_store(config, run_id, resume) as store:
+    with open_store(stored, run_id, resume) as store:
         if resume and (job_id := _active_job(store.path)) is not None:
             return Submitted(store.path.resolve(), job_id, is_new=False)
         state = store.read_state()
@@ -71,7 +73,7 @@ def submit(
             task = _prepare(store, config, allocation, kind)
             store.close()  # the job may start at once, and is the writer from now on
             job_id = _sbatch(task, allocation, store.run_id)
-            _write_job(store, job_id, allocation)
+            _write_job(store, job_id, allocation, kind)
         except BaseException:
             store.write_state(state)
             if not resume:
@@ -119,6 +121,18 @@ def check_roles(config: RunConfig, allocation: Allocation, kind: Kind) -> None:
         raise ConfigError(
             f"training.sync is transfer, which serves one engine, not {num_engines}", where=where, cure=cure
         )
+
+
+def _check_data(config: RunConfig, kind: Kind) -> None:
+    """As the run itself will look at it. Raises UserError."""
+    chat = Chat.from_folder(config.model.path)
+    if kind == "train":
+        check_fits(config, chat, load_splits(config))
+    elif config.warmup is None:
+        cure = "add warmup: {demonstrations: FILE.jsonl}"
+        raise ConfigError("the config has no warm-up", where="warmup", cure=cure)
+    else:
+        load_lesson(config, config.warmup, chat)
 
 
 def _active_job(run: Path) -> str | None:
@@ -194,7 +208,8 @@ def slurm_parameters(run: Path, allocation: Allocation, name: str) -> dict[str, 
     }
 
 
-def _write_job(store: RunStore, job_id: str, allocation: Allocation) -> None:
-    job = {"job_id": job_id, "submitted_at": time.time(), "allocation": allocation.model_dump(mode="json")}
+def _write_job(store: RunStore, job_id: str, allocation: Allocation, kind: Kind) -> None:
+    job: dict[str, Any] = {"job_id": job_id, "kind": kind, "submitted_at": time.time()}
+    job["allocation"] = allocation.model_dump(mode="json")
     replace(store.path / queue.JOB, json.dumps(job, indent=2).encode())
     store.append_event_apart("info", f"submitted to Slurm as job {job_id}")
