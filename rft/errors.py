@@ -102,6 +102,10 @@ class ToolsDownError(NoProgressError):
     """The same, and the cause are the tools."""
 
 
+class ClusterError(WorldError):
+    """Slurm, or a node that it gave us, cannot do what was asked."""
+
+
 class Paused(Exception):
     """No failure: somebody asked the run to pause, and everything up to `step` is saved. Ends the run with code 0."""
 

@@ -17,6 +17,7 @@ from rich.live import Live as Screen
 from rich.table import Table
 from rich.text import Text
 
+from rft.cluster import queue
 from rft.curves import curve_lines, grade_curves
 from rft.errors import StorageError, UserError
 from rft.live import Live, live_lines
@@ -32,6 +33,7 @@ _REFRESH_S = 1.0
 _STALE_S = 10.0  # a run that samples writes every second
 _MAX_CAUSE = 200  # characters
 _UNFINISHED = ("starting", "running")
+_FOLLOWED = ("queued", *_UNFINISHED)
 _LEFT = ("split", "ended by")  # columns of words
 
 
@@ -74,6 +76,7 @@ def summary(store: RunStore) -> dict[str, Any]:
         "path": str(store.path),
         "status": status(store),
         "writer_pid": store.writer(),
+        "slurm": _slurm(store),
         "state": state,
         "training": training[-_NUM_ROWS:],
         "evaluations": list({row["split"]: row for row in evaluations}.values()),  # the last of each
@@ -88,11 +91,20 @@ def summary(store: RunStore) -> dict[str, Any]:
 
 
 def status(store: RunStore) -> str:
-    """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
+    """The state's status; `killed` when that is unfinished and nobody writes the run, `queued` when Slurm has it."""
     try:
-        return store.status
+        return queue.status_of(store.path, store.status)
     except StorageError:  # state.json cannot be read, which `summary` says
         return "unknown"
+
+
+def _slurm(store: RunStore) -> dict[str, Any] | None:
+    """The job of a submitted run, and what Slurm says of it; null where it cannot be asked."""
+    job = queue.job_of(store.path)
+    if job is None:
+        return None
+    found = queue.look(store.path)
+    return {"job_id": job["job_id"], "state": found.told() if found is not None else None}
 
 
 def _stops(rollouts: list[Rollout]) -> dict[str, dict[str, int]]:
@@ -148,6 +160,8 @@ def _headline(store: RunStore, known: dict[str, Any]) -> Text:
     progress = f", step {state['step']} of {state['steps']} done" if {"step", "steps"} <= state.keys() else ""
     writer = f" by process {known['writer_pid']}" if known["writer_pid"] is not None else ""
     lines = [f"{known['run_id']}: {known['status']}{writer}{progress}"]
+    if (job := known["slurm"]) is not None:
+        lines.append(f"Slurm job {job['job_id']}" + (f": {job['state']}" if job["state"] else ""))
     if known["status"] == "killed":
         lines.append("its process is gone: continue with `rft train CONFIG --resume`")
     if known["status"] == "paused":
@@ -229,7 +243,10 @@ def live_view(store: RunStore, curves: Iterable[str] = ()) -> Text:
     step = store.read_state().get("step")
     lines = [f"{store.run_id}: {found}" + (f", step {step} done" if step is not None else ""), *curves]
     live = _read(store)
-    if found == "paused":
+    if found == "queued":
+        job = queue.look(store.path)
+        lines.append(f"it waits for Slurm{f': {job.told()}' if job is not None else ''}")
+    elif found == "paused":
         lines.append("its process has ended: `rft train CONFIG --resume` continues it")
     elif found not in (*_UNFINISHED, "killed"):
         lines.append("it is over: `rft show` without --live says how it went")
@@ -262,7 +279,7 @@ def follow(store: RunStore, console: Console) -> None:
         console.print(live_view(store, curves.lines()))
         return
     with Screen(live_view(store, curves.lines()), console=console, auto_refresh=False) as screen:
-        while status(store) in _UNFINISHED:
+        while status(store) in _FOLLOWED:
             time.sleep(_REFRESH_S)  # how often a person wants to see it; nothing is waited for
             screen.update(live_view(store, curves.lines()), refresh=True)
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from rft.types import Rollout, Split
 
 Level = Literal["info", "warn", "error"]
 _UNFINISHED = ("starting", "running")
+_SIGNS = ("live.json", "events.jsonl", "metrics.jsonl", "state.json", "slurm/beat")
+_SILENT_S = 120.0  # without any sign, a run on another machine counts as gone
 _MAX_PARENTS = 3  # between a run and the folder it was started in
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -225,9 +228,9 @@ class RunStore:
 
     @property
     def status(self) -> str:
-        """The state's status; `killed` when that is unfinished and no process of this machine writes the run."""
+        """The state's status; `killed` when that is unfinished and nobody writes the run."""
         found = str(self.read_state().get("status", "unknown"))
-        return "killed" if found in _UNFINISHED and self.writer() is None else found
+        return "killed" if found in _UNFINISHED and not self.is_written else found
 
     def read_live(self) -> dict[str, Any]:
         """What the run was last doing, {} when it never said."""
@@ -285,9 +288,10 @@ class RunStore:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             except BlockingIOError:
-                owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                pid, _, host = os.pread(fd, 256, 0).decode("ascii", "replace").strip().partition(" ")
+                owner = (pid or "unknown") + (f" on {host}" if host not in ("", socket.gethostname()) else "")
                 os.close(fd)
                 cure = "wait until it ends, or end it"
                 raise UserError(f"process {owner} is writing this run", where=str(self.path), cure=cure) from None
@@ -295,12 +299,28 @@ class RunStore:
 
     def writer(self) -> int | None:
         """The process of this machine that holds the lock, None when there is none. Takes no lock itself."""
-        lock = self.path / ".lock"
+        pid, host = self._owner()
+        is_here = host in ("", socket.gethostname())
+        return pid if pid is not None and is_here and has_open(pid, self.path / ".lock") else None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody writes the run: a process of this machine, or one of another that gave a sign of life in
+        the last two minutes, by this machine's clock.
+        """
+        pid, host = self._owner()
+        if pid is None or host in ("", socket.gethostname()):
+            return self.writer() is not None
+        now, signs = time.time(), (self.path / name for name in _SIGNS)
+        return any(now - path.stat().st_mtime < _SILENT_S for path in signs if path.exists())
+
+    def _owner(self) -> tuple[int | None, str]:
+        """Who last held the lock: process and machine, "" where an older version did not say which."""
         try:
-            pid = int(lock.read_text("ascii"))
+            pid, _, host = (self.path / ".lock").read_text("ascii").strip().partition(" ")
+            return int(pid), host
         except (OSError, ValueError):
-            return None
-        return pid if has_open(pid, lock) else None
+            return None, ""
 
     def close(self) -> None:
         """Close all files and release the lock. The store can go on reading."""

@@ -2,9 +2,9 @@
 COMMAND...`; `supervised` makes that command line.
 
 The command gets its own session. When it exits, when its owner is gone (see `supervised`) or on SIGTERM, the whole
-process group is ended, SIGTERM first. Standard library only; run by path, so that it starts in milliseconds. It cannot
-act when it is itself killed by SIGKILL; then the command still gets SIGTERM on Linux, its own children only what it
-tells them.
+process group and its orphans are ended, SIGTERM first. Standard library only; run by path, so that it starts in
+milliseconds. It cannot act when it is itself killed by SIGKILL; then the command still gets SIGTERM on Linux, its own
+children only what it tells them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main(lifeline: str, grace_s: float, scratch: str, command: list[str]) -> int
         os.set_blocking(end, False)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's to the task above us, sent to all below it too
     signal.set_wakeup_fd(wake_writer)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the group come to us, so that we can see them end
     watches_stdin = lifeline == "stdin"
@@ -84,13 +85,16 @@ def _should_stop(wake_reader: int, watches_stdin: bool) -> bool:
 
 
 def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    for number in (int(signal.SIGTERM), int(signal.SIGKILL)):
+    """The command's process group, and orphans that left it for a session of their own, as torchrun's workers do."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + grace_s
-        while _signal_group(child.pid, number) and time.monotonic() < deadline:
-            number = 0  # asked once; from now on only look whether anything is left
+        told: set[int] = set()
+        has_group = _signal_group(child.pid, number)
+        while (_signal_orphans(child.pid, number, told) or has_group) and time.monotonic() < deadline:
             child.poll()
             _reap_orphans(child.pid)
             time.sleep(_POLL_S)
+            has_group = _signal_group(child.pid, 0)  # asked once; from now on only look whether anything is left
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -100,6 +104,18 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _signal_orphans(child: int, number: int, told: set[int]) -> bool:
+    """Signal, once, each process that became ours and is not the command; False when there is none."""
+    try:
+        pids = {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()} - {child}
+    except OSError:  # a kernel that does not say
+        return False
+    for pid in pids - told:
+        os.kill(pid, number)  # our own child: nobody else can have taken its number
+    told |= pids
+    return bool(pids)
 
 
 def _reap_orphans(child: int) -> None:

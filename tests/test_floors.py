@@ -18,14 +18,15 @@ FLOORS = {
     "rft.percentiles rft.redaction rft.listener rft.figures rft.html rft.tables",
     2: "rft.envs rft.graders",
     3: "rft.config rft.grader_cases rft.grader_probes",
-    4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse",
+    4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse "
+    "rft.cluster.queue rft.cluster.allocation",
     5: "rft.rollout rft.speaker rft.episode rft.slots rft.shaping rft.trainers rft.watch rft.show rft.transcript "
     "rft.curves",
     6: "rft.collect rft.evaluate rft.sampling rft.pipeline rft.replay rft.demonstrations rft.lesson "
     "rft.doctor rft.baseline rft.plan",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
     "rft.preflight rft.regrade",
-    8: "rft.lifecycle rft.job rft.evaluation rft.ui",
+    8: "rft.lifecycle rft.job rft.evaluation rft.ui rft.cluster",
     9: "rft.server",
     10: "rft.cli",
     11: "rft.__main__",
@@ -33,7 +34,8 @@ FLOORS = {
 TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 FOLDERS = {  # listed as a whole
     *("rft.config", "rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers"),
-    *("rft.doctor", "rft.baseline", "rft.plan", "rft.compare", "rft.report", "rft.ui", "rft.server", "rft.cli"),
+    *("rft.cluster", "rft.doctor", "rft.baseline", "rft.plan", "rft.compare", "rft.report", "rft.ui", "rft.server"),
+    "rft.cli",
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -78,7 +78,7 @@ def pause(run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quic
 
     store = open_run(run)
     found = status(store)
-    if store.writer() is None or found not in ("starting", "running"):
+    if not store.is_written or found not in ("starting", "running"):
         raise UserError(f"this run is {found}, nobody trains it now", where=str(run), cure="there is nothing to pause")
     store.ask_to_pause()
     typer.echo(f"{store.run_id} pauses after the step it is in")

@@ -115,8 +115,7 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
         from rft.engines.pool import EnginePool
         from rft.engines.vllm import VllmEngine
 
-        lora = config.model.lora
-        rank = lora.rank if lora is not None and sync_kind(config.training.sync) == "adapter" else None
+        rank = max_lora_rank(config)
         urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
         transport = _build_transport(urls[0]) if config.training.sync == "transfer" else None  # then there is one url
         engines = [
@@ -126,6 +125,12 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)
+
+
+def max_lora_rank(config: RunConfig) -> int | None:
+    """Of the adapters that a server must accept; None when weights travel otherwise."""
+    lora = config.model.lora
+    return lora.rank if lora is not None and sync_kind(config.training.sync) == "adapter" else None
 
 
 def _build_transport(url: str | None) -> Transport:

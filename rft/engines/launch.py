@@ -36,6 +36,13 @@ class ServerProcess:
     def is_alive(self) -> bool:
         return self._process.returncode is None
 
+    @property
+    def exit_code(self) -> int:
+        """Of a process that has ended; 128 and the signal for one that was killed."""
+        code = self._process.returncode
+        assert code is not None, "it has ended"
+        return code
+
     async def has_ended(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` for the process to end by itself."""
         try:

@@ -41,6 +41,7 @@ _CURES = {  # text in the log -> the cure
     "larger than the available KV cache memory": "raise engine.kv_cache_gib, or lower engine.max_model_len",
     "larger than the derived max_model_len": "lower engine.max_model_len: the model's positions end before it",
     "unrecognized arguments": "check engine.args",
+    "ddress already in use": "choose another port: this one is taken",
 }
 
 
@@ -60,18 +61,19 @@ def is_cpu_build() -> bool:
 def server_command(
     config: VllmEngineConfig,
     model: ModelConfig,
-    socket: Path,
+    place: Path | tuple[str, int],
     is_cpu: bool,
     max_lora_rank: int | None,
     transfer_backend: str | None = None,
 ) -> list[str]:
     """The command line; `max_lora_rank` is set when weights will travel as adapters, `transfer_backend` (vLLM's name)
-    when they will be transferred.
+    when they will be transferred. place: a Unix socket, or a host and a port, whose control endpoints are then open to
+    everybody who reaches it.
     """
     flags = {
         "--model": str(model.path.resolve()),
         "--served-model-name": MODEL_NAME,
-        "--uds": str(socket),
+        **({"--uds": str(place)} if isinstance(place, Path) else {"--host": place[0], "--port": str(place[1])}),
         "--dtype": model.dtype,
         "--max-model-len": str(config.max_model_len),
         "--max-num-seqs": str(config.max_concurrent),

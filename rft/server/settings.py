@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from rft.cluster.allocation import Allocation
 from rft.config import Config, ModelConfig, RunConfig, config_problem, read_tree
 from rft.errors import ConfigError
 
@@ -129,8 +130,9 @@ class OutgoingConfig(Config):
 
 
 class WorkerConfig(Config):
-    """How jobs run."""
+    """How jobs run: as processes of this machine."""
 
+    type: Literal["local", "slurm"] = "local"
     max_running: int = Field(1, ge=1, description="jobs at once")
     launch: list[str] = Field(
         default_factory=list,
@@ -141,6 +143,31 @@ class WorkerConfig(Config):
     heartbeat_timeout_s: float = Field(1800.0, gt=0, description="without any sign of life the process is ended")
     stop_timeout_s: float = Field(120.0, gt=0, description="what a process may take to end when asked")
     budget_s: float | None = Field(None, gt=0, description="of running, per job; beyond it the job is paused")
+
+
+class SlurmWorkerConfig(WorkerConfig, Allocation):
+    """Jobs run as jobs of Slurm, each submitted with these nodes; `launch` is not used."""
+
+    type: Literal["slurm"]
+
+    def options(self, *, is_warmup: bool) -> list[str]:
+        """Of `rft submit`; a warm-up gets one device."""
+        given = self.model_dump(mode="json", include=set(Allocation.model_fields), exclude_none=True)
+        if is_warmup:
+            given |= {"nodes": 1, "engine_nodes": 0, "gpus_per_node": min(1, self.gpus_per_node)}
+        further = given.pop("slurm")
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+        flags += [f"--slurm={key}={value}" for key, value in further.items()]
+        return [*flags, *(["--warmup"] if is_warmup else [])]
+
+
+def _worker_kind(value: Any) -> str:
+    return str(value.get("type", "local") if isinstance(value, dict) else value.type)
+
+
+WorkerUnion = Annotated[
+    Annotated[WorkerConfig, Tag("local")] | Annotated[SlurmWorkerConfig, Tag("slurm")], Discriminator(_worker_kind)
+]
 
 
 class InferenceConfig(Config):
@@ -177,7 +204,7 @@ class ServerConfig(Config):
     models: dict[str, Entry]
     limits: LimitsConfig = LimitsConfig()
     outgoing: OutgoingConfig = OutgoingConfig()
-    worker: WorkerConfig = WorkerConfig()
+    worker: WorkerUnion = WorkerConfig()
     inference: InferenceConfig = InferenceConfig()
     webhooks: list[WebhookConfig] = Field(default_factory=list)
 
@@ -211,7 +238,7 @@ def load_server_config(path: Path, overrides: list[str] | None = None) -> Server
         return ServerConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(
-            config_problem(error, tags=("local", "remote", "alias")),
+            config_problem(error, tags=("local", "remote", "alias", "slurm")),
             where=str(path),
             cure="compare with configs/server.yaml; rft/server/settings.py lists every key",
         ) from None

@@ -44,7 +44,7 @@ class FolderRuns:
         """A run that somebody writes can be paused, once."""
         store = known.store
         try:
-            is_live = store is not None and status(store) in _ACTIVE and store.writer() is not None
+            is_live = store is not None and status(store) in _ACTIVE and store.is_written
         except RftError:  # its state cannot be read
             return []
         return ["pause"] if is_live and store is not None and not store.is_pause_asked else []

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rft.cluster import queue
 from rft.errors import StorageError
 from rft.files import parsed
 from rft.live import Live, live_lines
@@ -203,6 +204,8 @@ def _sound(text: object) -> str:
 
 def _doing(store: RunStore, state: str) -> tuple[list[str], str | None]:
     """What an active run does now, and what of that cannot be read."""
+    if state == "queued" and (job := queue.look(store.path)) is not None:
+        return [f"it waits for Slurm: {job.told()}"], None
     if state not in _ACTIVE:
         return [], None
     try:

@@ -16,10 +16,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from rft.cluster.queue import QUEUE
 from rft.engines.launch import ServerProcess, launch, make_scratch
 from rft.errors import StorageError
 from rft.files import replace, storing
-from rft.server.settings import WorkerConfig
+from rft.server.settings import SlurmWorkerConfig, WorkerConfig
 from rft.server.work.endings import Ending, judge
 from rft.store import RunStore
 
@@ -35,7 +36,7 @@ num_machines: 1
 num_processes: 1
 use_cpu: false
 """
-_SIGNS = ("state.json", "live.json", "metrics.jsonl", "events.jsonl", "checkpoints", "engine.log", LOG)
+_SIGNS = ("state.json", "live.json", "metrics.jsonl", "events.jsonl", "checkpoints", "engine.log", LOG, QUEUE)
 _NUM_LINES = 5  # of the log, where the run said nothing else
 _POLL_S = 0.1
 _MARGIN_S = 10.0
@@ -48,6 +49,7 @@ class JobProcess:
 
     def __init__(self, folder: Path, process: ServerProcess, state_before: Mark | None) -> None:
         self._folder, self._process, self._state_before = folder, process, state_before
+        self._has_begun = False
         self._signs: list[Mark | None] = []
         self._seen_at = asyncio.get_running_loop().time()
 
@@ -61,7 +63,7 @@ class JobProcess:
         environment = {"HF_HUB_OFFLINE": "1", "RFT_ENDING": str(folder / _ENDING)}
         if is_warmup:  # trains on one device
             environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-        command = _command(folder, config.launch, is_warmup=is_warmup)
+        command = _command(folder, config, is_warmup=is_warmup)
         process = await launch(command, environment, make_scratch(), folder / LOG, config.stop_timeout_s)
         try:
             yield cls(folder, process, state_before)
@@ -73,8 +75,10 @@ class JobProcess:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has said anything since this process started."""
-        return mark_of(self._folder / "state.json") != self._state_before
+        """Whether the run has said anything since this process started, but that it waits in a queue."""
+        if not self._has_begun and mark_of(self._folder / "state.json") != self._state_before:
+            self._has_begun = RunStore(self._folder).read_state().get("status") != "queued"
+        return self._has_begun
 
     def silent_s(self) -> float:
         """Since when nothing in the run folder changed, by a clock that does not jump."""
@@ -94,8 +98,11 @@ class JobProcess:
 async def wait_until_free(folder: Path, config: WorkerConfig) -> None:
     """Wait until no process of an earlier server writes the run; one that does not end in time is killed.
 
-    It was told to end when its server died. Raises StorageError when it cannot be ended either.
+    It was told to end when its server died. Raises StorageError when it cannot be ended either. A job of Slurm is not
+    waited for: `rft submit` follows it again.
     """
+    if isinstance(config, SlurmWorkerConfig):
+        return
     store = RunStore(folder)
     if await _is_free(store, 2 * config.stop_timeout_s + _MARGIN_S):
         return
@@ -125,14 +132,17 @@ def mark_of(path: Path) -> Mark | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _command(folder: Path, launcher: list[str], *, is_warmup: bool) -> list[str]:
+def _command(folder: Path, config: WorkerConfig, *, is_warmup: bool) -> list[str]:
     resume = ["--resume"] if (folder / "config.json").is_file() else []
     run = [str(folder / CONFIG), "--run-id", folder.name, *resume]
+    if isinstance(config, SlurmWorkerConfig):
+        return [sys.executable, "-m", "rft", "submit", *run, *config.options(is_warmup=is_warmup), "--wait"]
     if is_warmup:
         return [sys.executable, "-m", "rft", "warmup", *run]
+    launcher = config.launch
     if not launcher:
-        config = replace(folder / _LAUNCH, _ONE_PROCESS.encode())
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        plain = replace(folder / _LAUNCH, _ONE_PROCESS.encode())
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(plain)]
     return [*launcher, "-m", "rft", "train", *run]
 
 
