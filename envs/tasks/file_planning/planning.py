@@ -23,7 +23,7 @@ from rft.types import Split
 Part = Literal["train", "validation", "test", "train_all", "warmup"]
 _PARTS: tuple[Part, ...] = ("train", "validation", "test", "train_all", "warmup")
 Rows = list[dict[str, Any]]
-NUM_DEMONSTRATIONS = 160  # 20 optimizer steps of 8: enough for a form, and minutes on two cores
+NUM_DEMONSTRATIONS = 128  # 16 optimizer steps of 8: enough for a form, and minutes on two cores
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,14 +120,17 @@ def is_first_stage(row: dict[str, Any], hits: Hits) -> bool:
 
 
 def demonstration_of(row: dict[str, Any], hits: Hits) -> dict[str, Any] | None:
-    """The row gone through with a word drawn at random: the form of a search and an answer, and no judgement.
+    """The row gone through with a word drawn at random, every second time one that looks like code where there is any.
 
-    The files to be found play no part in it. None where no word is in as many files as the command shows.
+    It shows the form of a search and of an answer; the files to be found play no part in it. None where no word is in as
+    many files as the command shows.
     """
     known = [word for word in words(row["text"]) if len(hits.best(word)) == NUM_SHOWN]
     if not known:
         return None
-    word = random.Random(row["name"]).choice(known)
+    chance = random.Random(row["name"])
+    named = [word for word in known if word in row["identifiers"]]
+    word = chance.choice(named if named and chance.random() < 0.5 else known)
     lines = [f"./{path}:{num}" for path, num in hits.best(word)]
     arguments = json.dumps({"command": COMMAND.format(word=word)})
     call = {"id": "call_0", "type": "function", "function": {"name": "shell", "arguments": arguments}}

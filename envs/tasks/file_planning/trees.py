@@ -16,7 +16,7 @@ from typing import IO
 
 MAX_FILE_BYTES = 400_000
 _FOLDERS = re.compile(
-    r"debian|docs?|documentation|tests?|testsuite|testdata|regress|unittests|fuzz(?:ing)?|examples|po|locales?"
+    r"debian|build-aux|docs?|documentation|tests?|testsuite|testdata|regress|unittests|fuzz(?:ing)?|examples|po|locales?"
     r"|translations|node_modules|vendor|third_party|m4|\..*",
     re.IGNORECASE,
 )
