@@ -122,8 +122,8 @@ def is_first_stage(row: dict[str, Any], hits: Hits) -> bool:
 def demonstration_of(row: dict[str, Any], hits: Hits) -> dict[str, Any] | None:
     """The row gone through with a word drawn at random, every second time one that looks like code where there is any.
 
-    It shows the form of a search and of an answer; the files to be found play no part in it. None where no word is in as
-    many files as the command shows.
+    It shows the form of a search and of an answer; the files to be found play no part in it. None where no word is in
+    as many files as the command shows.
     """
     known = [word for word in words(row["text"]) if len(hits.best(word)) == NUM_SHOWN]
     if not known:
