@@ -8,7 +8,6 @@ what is printed is dropped, threads do not link. 3 s of CPU time each; optimised
 version in C, so that simple code gains nothing from the language.
 """
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -19,7 +18,9 @@ if TYPE_CHECKING or __name__ != "source":  # in the sandbox this is one text wit
     from rft.envs.tasks.kernels.grader import COMPILE_S, LANGUAGES, Language, execute, gcc_path
 
 MOJO_VERSION = "1.2.0"  # of a language that still changes
-MOJO_CURE = f"pip install mojo-compiler=={MOJO_VERSION} where rft is installed (Linux; 85 MB; a licence of its own)"
+MOJO_CURE = (
+    f"pip install mojo-compiler=={MOJO_VERSION} where rft is installed (Linux, 85 MB, under a licence of its own)"
+)
 MOJO_BUILD_S = 30.0
 MOJO_MEMORY_BYTES = 4 << 30  # of address space, of which its allocator reserves much; it uses 0.25 GB
 MOJO_CALLER = """
@@ -68,11 +69,10 @@ def mojo_caller(item: dict[str, Any]) -> str:
 def mojo_root() -> str:
     """The compiler's folder. Raises RuntimeError with the cure where there is none, or one of another version."""
     for folder in sys.path:
-        root = os.path.join(folder, "modular")
-        if os.access(os.path.join(root, "bin", "mojo"), os.X_OK):
-            found = importlib.metadata.version("mojo-compiler")
-            if found != MOJO_VERSION:
-                raise RuntimeError(f"Mojo {found} is installed, the task is written for {MOJO_VERSION}; {MOJO_CURE}")
+        root = os.path.join(os.path.abspath(folder), "modular")
+        if os.access(f"{root}/bin/mojo", os.X_OK):
+            if not os.path.isdir(os.path.join(folder, f"mojo_compiler-{MOJO_VERSION}.dist-info")):
+                raise RuntimeError(f"the Mojo in {root} is not version {MOJO_VERSION}; {MOJO_CURE}")
             return root
     raise RuntimeError(f"there is no Mojo compiler; {MOJO_CURE}")
 
