@@ -1,11 +1,8 @@
 """Mojo kernels: signature, and the way from a model's code to kernel.so. Joined to grader.py in a grader's `source`.
 
 The code is a module of its own, called by one that a model cannot touch. The compiler runs in the sandbox, without a
-network (it would report its use), and interprets what a kernel computes at compile time: it knows no system call. It
-makes an object, which gcc links without Mojo's runtime: its allocator would need 2 GiB of addresses and more system
-calls than C has here. So the kernel meets the same runner and the same filter; memory on the heap is the C library's,
-what is printed is dropped, threads do not link. 3 s of CPU time each; optimised for this processor, as is the naive
-version in C, so that simple code gains nothing from the language.
+network (it would report its use), and interprets compile-time code, for which it knows no system call. gcc links its
+object without Mojo's runtime, so runner and filter are those of C: the heap is the C library's, threads do not link.
 """
 
 import os
@@ -21,7 +18,7 @@ MOJO_VERSION = "1.2.0"  # of a language that still changes
 MOJO_CURE = (
     f"pip install mojo-compiler=={MOJO_VERSION} where rft is installed (Linux, 85 MB, under a licence of its own)"
 )
-MOJO_BUILD_S = 30.0
+MOJO_BUILD_S = 30.0  # it takes 3 s of CPU time
 MOJO_MEMORY_BYTES = 4 << 30  # of address space, of which its allocator reserves much; it uses 0.25 GB
 MOJO_CALLER = """
 from kernel import {name}
@@ -33,7 +30,8 @@ def rft_call(p: Pointer[Floats, MutAnyOrigin], f: Floats, n: Pointer[Int32, MutA
     {name}({arguments})
 """
 
-# What code of the standard library asks of Mojo's runtime when it allocates, or reports an index that is out of range.
+# What the standard library asks of Mojo's runtime to allocate, and to report an index that is out of range. The runtime
+# itself would need 2 GiB of addresses and system calls (poll, rt_sigprocmask, ...) that a kernel does not have.
 MOJO_RUNTIME = """
 #include <stdlib.h>
 void *KGEN_CompilerRT_AlignedAlloc(ssize_t alignment, ssize_t size_bytes) {
@@ -120,4 +118,5 @@ def mojo_linked(path: str) -> str:
     )
 
 
+# It optimises for this processor; so must gcc, or a simple relu would be three to five times as fast as the naive one.
 LANGUAGES["mojo"] = Language(build_mojo, r"\bdef {name}\s*\(", ["-O3", "-march=native"])
