@@ -1,14 +1,16 @@
-"""Kernels: write or repair a C function, correct first, then fast.
+"""Kernels: write or repair a function in C, or in Mojo, correct first, then fast.
 
 `Kernel` is a class for `environment: {type: functions}`: its methods `compile` and `run` are the tools of one rollout,
 and the rollout's row says which kernel it is about. Whatever the model wrote is compiled and executed in the sandbox
-alone, behind grader.py's seccomp filter; the row's reference and hidden shapes are never shown.
+alone, behind grader.py's seccomp filter; the row's reference and hidden shapes are never shown. A row's `language` is c
+or one of languages/.
 The dataset is written by scripts/prepare_kernels.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError
 from rft.sandbox import CodeError, Sandbox, SandboxError
 
-GRADER_SOURCE = (Path(__file__).parent / "grader.py").read_text(encoding="utf-8")
+_TEXTS = ("grader.py", "languages/mojo.py")  # as in configs/kernels.yaml
+GRADER_SOURCE = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in _TEXTS)
 _MAX_CHARS = 240  # of what a compiler says; the first line is what helps
-_CALL_S = 60.0
-_CURE = "Linux with namespaces and seccomp, and a C compiler: apt-get install gcc libc6-dev"
+_CALL_S = 90.0  # a little more than all that the grader's limits permit
+_CURE = "Linux with namespaces and seccomp; a C compiler: apt-get install gcc libc6-dev; for Mojo also mojo-compiler"
 _num_users = 0
 _pool: Sandbox | None = None
 
@@ -89,4 +92,4 @@ class Kernel:
 def _short(said: str) -> str:
     """The first error alone, without the name of the file."""
     lines = [line for line in said.splitlines() if "error" in line] or [said]
-    return lines[0].removeprefix("kernel.c:")[:_MAX_CHARS]
+    return re.sub(r"^kernel\.\w+:", "", lines[0])[:_MAX_CHARS]

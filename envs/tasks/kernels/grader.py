@@ -1,7 +1,8 @@
-"""Grade of a C kernel; the text of this file is the `source` of a python grader, and of the sandbox behind the tools.
+"""Grade of a kernel; the text of this file is the `source` of a python grader, and of the sandbox behind the tools.
 
 0: no code, or it does not compile; 0.25 + 0.5 x the share of hidden shapes that are right; 1 when all are, and then
-+ log2(speed-up over the naive version) / 4, at most 2. It is one text because a grader is one, hence its length.
++ log2(speed-up over the naive version) / 4, at most 2. It is one text because a grader is one, hence its length. What
+`language` a row names is a Language; C stands here, others in languages/, joined to this text.
 
 Three programs: the kernel is a library that RUNNER loads behind a seccomp filter (no file can be written, no process,
 signal or socket made); JUDGE owns reference, inputs, comparison and clock, hands over memory, and kills the runner when
@@ -18,10 +19,12 @@ import resource
 import shutil
 import signal
 import subprocess
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 MAX_CODE_BYTES = 8_000
 COMPILE_S, JUDGE_S = 10.0, 40.0
+MEMORY_BYTES = 1 << 29  # address space of a program and all that it starts
 FLAGS = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-nostdlib", "-w", "-fmax-errors=3", "-fdiagnostics-plain-output"]
 PATH = "/usr/local/bin:/usr/bin:/bin"
 CURE = "install a C compiler: apt-get install gcc libc6-dev"
@@ -344,17 +347,26 @@ int main(int argc, char **argv) {
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def execute(command: list[str], text: str, limit_s: float) -> tuple[int, str, str]:
-    """(exit code, output, errors) of a command with text as its input; -9 when it took too long and was killed."""
+def execute(
+    command: list[str],
+    text: str,
+    limit_s: float,
+    memory_bytes: int = MEMORY_BYTES,
+    settings: dict[str, str] | None = None,
+) -> tuple[int, str, str]:
+    """(exit code, output, errors) of a command with text as its input; -9 when it took too long and was killed.
+
+    memory_bytes: address space of each process; settings: added to its environment.
+    """
     with open("out", "w+b") as out, open("errors", "w+b") as errors:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=errors,
-            env={"PATH": PATH, "TMPDIR": os.getcwd(), "LC_ALL": "C"},
+            env={"PATH": PATH, "TMPDIR": os.getcwd(), "LC_ALL": "C", **(settings or {})},
             start_new_session=True,
-            preexec_fn=set_limits,
+            preexec_fn=lambda: set_limits(memory_bytes),
         )
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -372,20 +384,28 @@ def execute(command: list[str], text: str, limit_s: float) -> tuple[int, str, st
     return process.returncode, found[0], found[1]
 
 
-def set_limits() -> None:
-    for kind, limit in ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20), (resource.RLIMIT_AS, 1 << 29)):
+def set_limits(memory_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # the sandbox's own limit, which cannot be raised
+    if hard != resource.RLIM_INFINITY:
+        memory_bytes = min(memory_bytes, hard)
+    limits = ((resource.RLIMIT_CPU, 60), (resource.RLIMIT_FSIZE, 32 << 20), (resource.RLIMIT_AS, memory_bytes))
+    for kind, limit in limits:
         resource.setrlimit(kind, (limit, limit))
 
 
 def compiled(flags: list[str], text: str, name: str) -> str:
     """Compile to the file `name`; "" or what the compiler said."""
-    gcc = shutil.which("gcc", path=PATH) or shutil.which("cc", path=PATH)
-    if gcc is None:
-        raise RuntimeError(f"there is no gcc; {CURE}")
-    code, _, errors = execute([gcc, *flags, "-x", "c", "-", "-o", name, "-lm"], text, COMPILE_S)
+    code, _, errors = execute([gcc_path(), *flags, "-x", "c", "-", "-o", name, "-lm"], text, COMPILE_S)
     if code == 0 and os.path.isfile(name):
         return ""
     return errors.strip() or "the compiler did not end in time"
+
+
+def gcc_path() -> str:
+    gcc = shutil.which("gcc", path=PATH) or shutil.which("cc", path=PATH)
+    if gcc is None:
+        raise RuntimeError(f"there is no gcc; {CURE}")
+    return gcc
 
 
 def programs() -> dict[str, bytes]:
@@ -421,6 +441,33 @@ def library_text(item: dict[str, Any], code: str) -> str:
     return HEADER.format(signature=item["signature"], name=item["kernel"], arguments=", ".join(arguments)) + code + "\n"
 
 
+class Language(NamedTuple):
+    """What a kernel may be written in; the reference is C whatever the language.
+
+    build: make kernel.so, which has rft_call (see RUNNER), of a row and the code of a model; "" or what the compiler
+    said. Raises RuntimeError where the compiler is missing. head: how a kernel of `{name}` begins, in an answer without
+    a block of code. naive_flags: gcc's for the reference, so that the language alone gains no speed.
+    """
+
+    build: Callable[[dict[str, Any], str], str]
+    head: str
+    naive_flags: list[str]
+
+
+def build_c(item: dict[str, Any], code: str) -> str:
+    return compiled(FLAGS, library_text(item, code), "kernel.so")
+
+
+LANGUAGES = {"c": Language(build_c, r"\b{name}\s*\(.*\{{", [])}
+
+
+def language_of(item: dict[str, Any]) -> Language:
+    name = item.get("language", "c")
+    if name not in LANGUAGES:
+        raise RuntimeError(f"this grader has no language {name}: join languages/{name}.py to its source")
+    return LANGUAGES[name]
+
+
 def request(item: dict[str, Any], cases: list[dict[str, Any]], repeats: int) -> str:
     """What the judge reads: numbers, separated by blanks."""
     numbers: list[Any] = [len(item["pointers"]), len(item["floats"]), len(item["ints"])]
@@ -435,17 +482,18 @@ def request(item: dict[str, Any], cases: list[dict[str, Any]], repeats: int) -> 
 # --- grading ----------------------------------------------------------------------------------------------------------
 
 
-def judge(item: dict[str, Any], code: str, cases: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
-    """{compiler: its errors, problems: per case, "" when right, kernel_ms, naive_ms: the best, or None}."""
+def build(item: dict[str, Any], code: str) -> str:
+    """Make kernel.so; "" or what the compiler said. The folder holds nothing else: an #include finds no reference."""
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nothing that the kernel starts may read this memory
-    found: dict[str, Any] = {"compiler": "", "problems": [], "kernel_ms": None, "naive_ms": None}
     if len(code.encode("utf-8", errors="replace")) > MAX_CODE_BYTES:
-        return {**found, "compiler": f"the code is longer than {MAX_CODE_BYTES:,} bytes"}
-    # alone in its folder: an #include finds no reference
-    found["compiler"] = compiled(FLAGS, library_text(item, code), "kernel.so")
-    if found["compiler"] or not cases:
-        return found
-    problem = compiled(FLAGS, library_text(item, item["reference"]), "reference.so")
+        return f"the code is longer than {MAX_CODE_BYTES:,} bytes"
+    return language_of(item).build(item, code)
+
+
+def judge(item: dict[str, Any], cases: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
+    """Of the kernel.so that was built: {problems: per case, "" when right, kernel_ms, naive_ms: the best, or None}."""
+    flags = FLAGS + language_of(item).naive_flags
+    problem = compiled(flags, library_text(item, item["reference"]), "reference.so")
     if problem:
         raise RuntimeError(f"the reference of {item['kernel']} does not compile: {problem[:1000]}")
     libraries = [os.path.abspath(name) for name in ("kernel.so", "reference.so")]
@@ -454,10 +502,10 @@ def judge(item: dict[str, Any], code: str, cases: list[dict[str, Any]], repeats:
     lines = [json.loads(line) for line in output.splitlines()]
     if status != 0:
         raise RuntimeError(f"the judge failed ({status})")
-    found["problems"] = [line["problem"] for line in lines if line["kind"] == "case"]
-    found["problems"] += ["not tried"] * (len(cases) - len(found["problems"]))
+    problems = [line["problem"] for line in lines if line["kind"] == "case"]
+    problems += ["not tried"] * (len(cases) - len(problems))
     times = {line["kind"]: line["ns"] / 1e6 for line in lines if line["kind"] != "case" and not line["problem"]}
-    return {**found, "kernel_ms": times.get("kernel"), "naive_ms": times.get("naive")}
+    return {"problems": problems, "kernel_ms": times.get("kernel"), "naive_ms": times.get("naive")}
 
 
 def code_of(sample: dict[str, Any], item: dict[str, Any]) -> str:
@@ -466,7 +514,7 @@ def code_of(sample: dict[str, Any], item: dict[str, Any]) -> str:
     blocks = re.findall(r"```[A-Za-z+]*\n?(.*?)```", text, re.DOTALL)
     if blocks:
         return str(blocks[0]) if len(blocks) == 1 else ""
-    if re.search(rf"\b{item['kernel']}\s*\(.*\{{", text, re.DOTALL):
+    if re.search(language_of(item).head.format(name=item["kernel"]), text, re.DOTALL):
         return text
     for call in reversed(sample.get("output_tools") or []):
         try:
@@ -482,16 +530,16 @@ def grade(sample: dict[str, Any], item: dict[str, Any]) -> float:
     code = code_of(sample, item)
     if not code.strip():
         return 0.0
-    found = judge(item, code, item["hidden"], 5)
-    if found["compiler"]:
+    if build(item, code):
         return 0.0
+    found = judge(item, item["hidden"], 5)
     gain = gain_of(found)
     if gain is None:
         pairs = zip(found["problems"], item["hidden"], strict=True)
         telling = [not problem for problem, case in pairs if not case["is_trivial"]]
         return 0.25 + 0.5 * sum(telling) / max(1, len(telling))
     if gain > NOISE_LOG2:  # on a busy machine even the best of five may be off: it has to be fast twice
-        gain = min(gain, gain_of(judge(item, code, item["hidden"], 9)) or 0.0)
+        gain = min(gain, gain_of(judge(item, item["hidden"], 9)) or 0.0)
     return 1.0 + (min(1.0, gain / FASTEST_LOG2) if gain > NOISE_LOG2 else 0.0)
 
 
@@ -503,5 +551,8 @@ def gain_of(found: dict[str, Any]) -> float | None:
 
 
 def try_out(item: dict[str, Any], code: str, is_run: bool) -> dict[str, Any]:
-    """What the tools show: on the visible shapes, and with a quicker look at the clock."""
-    return judge(item, code, item["visible"] if is_run else [], 3)
+    """What the tools show, {compiler: its errors, ...}: on the visible shapes, and with a quicker look at the clock."""
+    problem = build(item, code)
+    if problem or not is_run:
+        return {"compiler": problem, "problems": [], "kernel_ms": None, "naive_ms": None}
+    return {"compiler": "", **judge(item, item["visible"], 3)}

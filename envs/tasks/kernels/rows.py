@@ -2,7 +2,7 @@
 
 `write` rows ask for a kernel by signature and sentence, without any code; `repair` rows show the naive version with one
 fault, after one worked call about a kernel that is in no split. Whole families are held out: what is learnt must be
-about loops, not about a kernel. Deterministic.
+about loops, not about a kernel. Deterministic. In a language other than C there are write rows alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 from typing import Any
 
 from rft.envs.tasks.kernels.catalog import Kernel, kernels
+from rft.envs.tasks.kernels.languages.mojo import mojo_signature
 from rft.types import Split
 
 VALIDATION_FAMILIES = frozenset({"polynomial", "stencil", "rows", "extreme"})
@@ -20,7 +21,8 @@ SHOWN_FAMILIES = frozenset({"activation", "arithmetic", "sum"})  # of the traini
 MAX_REPAIR_CHARS = 170  # of the code: a small model copies no more
 MAX_SHOWN_CHARS = 150
 
-SYSTEM_TEXT = "Call run with the whole C function. When it is correct, say done."
+SYSTEM_TEXT = "Call run with the whole {language} function. When it is correct, say done."
+LANGUAGES = {"c": "C", "mojo": "Mojo"}  # as a row's key `language`, and as a prompt says it
 WRITE = "Write {signature}: {sentence}."
 REPAIR = "One thing is wrong here, correct it: {sentence}.\n{code}"
 DONE = "done"
@@ -52,16 +54,30 @@ def split_of(family: str) -> Split:
     return "validation" if family in VALIDATION_FAMILIES else "train"
 
 
-def write_row(kernel: Kernel, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    question = WRITE.format(signature=kernel.signature, sentence=kernel.sentence)
-    messages = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
-    return {"messages": messages, "tools": tools, "stage": "write", **kernel.keys()}
+def write_row(kernel: Kernel, tools: list[dict[str, Any]], language: str = "c") -> dict[str, Any]:
+    keys = kernel.keys()
+    signature = mojo_signature(keys) if language == "mojo" else kernel.signature
+    question = WRITE.format(signature=signature, sentence=kernel.sentence)
+    messages = [{"role": "system", "content": _system_text(language)}, {"role": "user", "content": question}]
+    row = {"messages": messages, "tools": tools_for(language, tools), "stage": "write", **keys}
+    return row if language == "c" else {**row, "language": language}
+
+
+def _system_text(language: str) -> str:
+    return SYSTEM_TEXT.format(language=LANGUAGES[language])
+
+
+def tools_for(language: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The schemas, which speak of C code, with the name of the language."""
+    text = json.dumps(tools).replace(" C code", f" {LANGUAGES[language]} code")
+    found: list[dict[str, Any]] = json.loads(text)
+    return found
 
 
 def repair_row(kernel: Kernel, fault: str, code: str, tools: list[dict[str, Any]]) -> dict[str, Any]:
     call = json.dumps({"name": "run", "arguments": {"code": EXAMPLE}})
     messages = [
-        {"role": "system", "content": SYSTEM_TEXT},
+        {"role": "system", "content": _system_text("c")},
         {"role": "user", "content": _repair(EXAMPLE_SENTENCE, EXAMPLE.replace(*_FAULTS["ends early"]))},
         {"role": "assistant", "content": f"<tool_call>{call}</tool_call>"},
         {"role": "user", "content": _repair(kernel.sentence, code)},
@@ -89,6 +105,16 @@ def build_rows(tools: list[dict[str, Any]]) -> dict[str, dict[Split, list[dict[s
     for splits in rows.values():
         for split_rows in splits.values():
             random.Random(0).shuffle(split_rows)
+    return rows
+
+
+def build_write_rows(tools: list[dict[str, Any]], language: str) -> dict[Split, list[dict[str, Any]]]:
+    """The write rows alone, in another language; the same kernels in the same order."""
+    rows: dict[Split, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for kernel in kernels():
+        rows[split_of(kernel.family)].append(write_row(kernel, tools, language))
+    for split_rows in rows.values():
+        random.Random(0).shuffle(split_rows)
     return rows
 
 
