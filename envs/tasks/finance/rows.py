@@ -17,7 +17,8 @@ from rft.envs.tasks.finance.facts import Fact, facts_of
 from rft.envs.tasks.finance.questions import PHRASES, Question, compared, lookups, reckoned, reworded
 from rft.types import Split
 
-SYSTEM_TEXT = "Search, then answer with the figure and its source in brackets."
+# The line is of a place that no document is of, and has the form of a search result.
+SYSTEM_TEXT = "Search, then copy the line that answers, like [zz] Freedonia - Exports 2020: $5 billion."
 # Worked calls, as turns of a conversation, about places that no document is of: SmolLM2-135M makes a valid call in 28%
 # of its rollouts after one of them, in 70% after two.
 EXAMPLES = {
