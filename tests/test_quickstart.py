@@ -118,15 +118,23 @@ def test_the_page_shows_every_view_of_the_run(run: Path) -> None:
 
 
 def _answers(folder: Path) -> None:
-    """The exported folder is a model that plain transformers loads and that still speaks."""
+    """The exported folder is a model that plain transformers loads, and that a step has not taken English from.
+
+    What it answers depends on which rollouts the step saw; how likely it finds a sentence hardly does.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(output[0])
+    losses = {}
+    for path in (ROOT / "models/smollm2-135m-instruct", folder):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        ids = tokenizer("The capital of France is Paris, and its largest river is the Seine.", return_tensors="pt")
+        with torch.no_grad():
+            losses[path] = float(model(**ids, labels=ids["input_ids"]).loss)
+    before, after = losses.values()
+    assert before != after, "the step is in the exported weights"
+    assert after < before + 1, losses
 
 
 @pytest.mark.parametrize(
