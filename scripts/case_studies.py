@@ -144,7 +144,9 @@ def read_results(manifest: dict[str, Study], folder: Path = RESULTS) -> list[Res
 
 
 def table(results: Sequence[Result], manifest: dict[str, Study]) -> str:
-    """Markdown, one row per study."""
+    """Markdown, one row per study that has a result."""
+    if not results:
+        return "No result with three seeds yet."
     lines = [
         "| case study | measured | base -> trained | change, 95% | seeds, minutes each | varied first | also |",
         "|---|---|---|---|---|---|---|",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import re
 import time
@@ -15,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loading import load_script
 from upstream import Upstream, answering
 
 from rft import grader_cases, grader_probes
@@ -392,14 +391,9 @@ def test_a_call_of_the_source_is_read_and_never_run(wheel: Path, tmp_path: Path)
 
 
 def prepare(out: Path, *arguments: str) -> ModuleType:
-    path = str(ROOT / "scripts" / "prepare_asking")
-    loader = importlib.machinery.SourceFileLoader("prepare_asking", path)
-    spec = importlib.util.spec_from_loader("prepare_asking", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
+    script = load_script("prepare_asking")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["prepare_asking", "--out", str(out), *arguments])
-        loader.exec_module(script)
         import preparation
 
         patch.setattr(preparation, "PACKAGES", out.parent / "packages")

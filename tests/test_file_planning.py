@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.machinery
-import importlib.util
 import io
 import json
 import os
@@ -18,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_loading import load_script
 from typer.testing import CliRunner
 
 from rft.cli import app
@@ -230,15 +229,6 @@ def test_the_cases_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- preparing it ----------------------------------------------------------------------------------------------------
 
 
-def load_script() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("prepare_file_planning", str(ROOT / "scripts/prepare_file_planning"))
-    spec = importlib.util.spec_from_loader("prepare_file_planning", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
-    return script
-
-
 def write_package(folder: Path, name: str, version: str) -> None:
     """A source package of three files, with a patch to each; one has no text, one only creates a file."""
     folder.mkdir(parents=True)
@@ -266,7 +256,7 @@ def write_package(folder: Path, name: str, version: str) -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return load_script()
+    return load_script("prepare_file_planning")
 
 
 @pytest.fixture(scope="module")

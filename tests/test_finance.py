@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import random
 import urllib.error
@@ -17,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loading import load_script
 
 from rft.data import load_items
 from rft.envs.documents import Document
@@ -40,12 +39,7 @@ NAMES = ["Aland", "Bora", "Corva", "Dunmar", "Eswil", "Fenland", "Gorvia", "Hall
 
 def script() -> ModuleType:
     """scripts/prepare_finance, loaded; it puts its folder on the path, where `preparation` is."""
-    loader = importlib.machinery.SourceFileLoader("prepare_finance", str(ROOT / "scripts" / "prepare_finance"))
-    spec = importlib.util.spec_from_loader("prepare_finance", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("prepare_finance")
 
 
 def prepare(*arguments: str, packages: Path | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from script_loading import load_script
 
 from rft.config import read_tree
 from rft.data import load_items, overlap
@@ -29,12 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that scripts/prepare_icd10 writes; the tools of this process use its index."""
     out = tmp_path_factory.mktemp("icd10")
-    path = str(ROOT / "scripts" / "prepare_icd10")
-    loader = importlib.machinery.SourceFileLoader("prepare_icd10", path)
-    spec = importlib.util.spec_from_loader("prepare_icd10", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
+    script = load_script("prepare_icd10")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["prepare_icd10", "--out", str(out)])
         script.main()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from script_loading import load_script
 
 from rft.config import load_config
 from rft.data import load_items, overlap
@@ -353,11 +354,7 @@ def test_missing_data_names_the_cure(tmp_path: Path, prepared: Path) -> None:
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """scripts/prepare_icd10_notes, whose packages are kept in tmp_path/packages."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    loader = importlib.machinery.SourceFileLoader("prepare_icd10_notes", str(ROOT / "scripts" / "prepare_icd10_notes"))
-    spec = importlib.util.spec_from_loader("prepare_icd10_notes", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    module = load_script("prepare_icd10_notes")
     (tmp_path / "packages").mkdir()
     monkeypatch.setattr(importlib.import_module("preparation"), "PACKAGES", tmp_path / "packages")
     return module

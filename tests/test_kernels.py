@@ -6,8 +6,6 @@ The slow ones hand the sandbox what a policy may come up with: none of it gains,
 from __future__ import annotations
 
 import asyncio
-import importlib.machinery
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from script_loading import load_script
 
 from rft import grader_cases
 from rft.config import load_config
@@ -62,11 +61,7 @@ def grade_source() -> Callable[..., Any]:
 
 
 def prepare(out: Path) -> None:
-    loader = importlib.machinery.SourceFileLoader("prepare_kernels", str(ROOT / "scripts" / "prepare_kernels"))
-    spec = importlib.util.spec_from_loader("prepare_kernels", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
+    script = load_script("prepare_kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["prepare_kernels", "--out", str(out)])
         script.main()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.machinery
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script_loading import load_script
 
 from rft.config import load_config
 from rft.data import load_items
@@ -41,12 +40,7 @@ def code_of(name: str, body: str, before: str = "") -> str:
 
 
 def script() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("prepare_kernels", str(ROOT / "scripts" / "prepare_kernels"))
-    spec = importlib.util.spec_from_loader("prepare_kernels", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return load_script("prepare_kernels")
 
 
 def prepare(out: Path, language: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 from bridging import a_call, specs_of, with_session
+from script_loading import load_script
 
 from rft.config import load_config
 from rft.data import load_items, overlap
@@ -300,12 +301,7 @@ def test_the_script_writes_the_same_bytes_and_every_game_can_be_won(
 
 
 def the_script() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("prepare_text_games", str(ROOT / "scripts" / "prepare_text_games"))
-    spec = importlib.util.spec_from_loader("prepare_text_games", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    loader.exec_module(script)
-    return script
+    return load_script("prepare_text_games")
 
 
 # ------------------------------------------------------------------------------------------------- grader and config
