@@ -62,7 +62,7 @@ def test_pinned_set_fits_the_requirements() -> None:
 
     lines = [
         line
-        for name in ("cpu", "warmup", "dev")
+        for name in ("cpu", "warmup", "cluster", "dev")
         for line in (ROOT / f"constraints/{name}.txt").read_text().splitlines()
     ]
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -77,6 +77,7 @@ def test_pinned_set_fits_the_requirements() -> None:
         *extras["quickstart"],
         *extras["warmup"],
         *extras["games"],
+        *extras["cluster"],
         *extras["dev"],
     ]
     for requirement in map(Requirement, wanted):
