@@ -16,7 +16,7 @@ FLOORS = {
     0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout rft.threads",
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.breakdown rft.files rft.live rft.supervise rft.tracking "
     "rft.percentiles rft.redaction rft.listener rft.figures rft.html rft.tables",
-    2: "rft.envs rft.graders",
+    2: "rft.envs rft.graders rft.bundle",
     3: "rft.config rft.grader_cases rft.grader_probes",
     4: "rft.engines rft.store rft.salvage rft.sift rft.checkpoints rft.budget rft.reuse "
     "rft.cluster.queue rft.cluster.allocation",
@@ -35,7 +35,7 @@ TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split(
 FOLDERS = {  # listed as a whole
     *("rft.config", "rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers"),
     *("rft.cluster", "rft.doctor", "rft.baseline", "rft.plan", "rft.compare", "rft.report", "rft.ui", "rft.server"),
-    "rft.cli",
+    *("rft.bundle", "rft.cli"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

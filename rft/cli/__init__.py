@@ -17,7 +17,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from rft.cli import cluster, grading, looking, measuring, planning, serving, training
+from rft.cli import cluster, grading, looking, measuring, offline, planning, serving, training
 from rft.errors import RftError, StorageError, UserError
 from rft.files import replace
 
@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 _HELP = "Train an agent's model on its own tools and graders."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
-for commands in (training, planning, measuring, looking, serving, cluster):
+for commands in (training, planning, measuring, looking, serving, cluster, offline):
     app.add_typer(commands.app)
 app.add_typer(grading.app, name="grade")
 
