@@ -26,7 +26,7 @@ FLOORS = {
     "rft.doctor rft.baseline rft.plan",
     7: "rft.trainers.grpo rft.trainers.leader rft.trainers.warmup rft.compare rft.report rft.export rft.assembly "
     "rft.preflight rft.regrade",
-    8: "rft.lifecycle rft.job rft.evaluation rft.ui rft.cluster",
+    8: "rft.lifecycle rft.job rft.evaluation rft.ui rft.cluster rft.offline",
     9: "rft.server",
     10: "rft.cli",
     11: "rft.__main__",
@@ -35,7 +35,7 @@ TABLE = {name: floor for floor, names in FLOORS.items() for name in names.split(
 FOLDERS = {  # listed as a whole
     *("rft.config", "rft.envs", "rft.graders", "rft.engines", "rft.sandbox", "rft.trainers"),
     *("rft.cluster", "rft.doctor", "rft.baseline", "rft.plan", "rft.compare", "rft.report", "rft.ui", "rft.server"),
-    *("rft.bundle", "rft.cli"),
+    *("rft.bundle", "rft.offline", "rft.cli"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

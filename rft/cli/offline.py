@@ -1,4 +1,4 @@
-"""The command for machines without a network: bundle."""
+"""Commands for machines without a network: bundle, check-offline."""
 
 from __future__ import annotations
 
@@ -28,3 +28,25 @@ def bundle(
     needs = ".".join(map(str, facts.needs_glibc))
     typer.echo(f"{out} is complete: for {facts.machine}, Python {facts.python}, glibc {needs} or newer")
     typer.echo("carry the whole folder to the other machine, and run ./install [FOLDER] in it")
+
+
+@app.command()
+def check_offline(
+    config: Annotated[Path, typer.Argument(help="a YAML file")] = Path("configs/quickstart.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. model.path=models/mine")] = None,
+    limit_s: Annotated[float, typer.Option(min=1, help="seconds the short training may take")] = 1800,
+) -> None:
+    """Prove that nothing reaches out: train one short step where only loopback exists. Exits 1 if anything tried."""
+    from rft.offline.checking import check
+
+    proof = check(config, overrides or [], limit_s, lambda text: typer.echo(f"check-offline: {text}"))
+    watched = "every process" if proof.sees_all else "Python processes alone (the kernel refuses more)"
+    if proof.exit_code != 0:
+        typer.echo("\n".join(["the training failed; its last words:", *proof.tail]))
+    for attempt, count in proof.attempts.most_common():
+        typer.echo(attempt.in_words() + (f"  ({count} times)" if count > 1 else ""))
+    if proof.exit_code != 0 or proof.attempts:
+        verdict = "the training ended well" if proof.exit_code == 0 else f"the training ended with {proof.exit_code}"
+        typer.echo(f"not offline: {verdict}, {len(proof.attempts)} things elsewhere were tried; watched: {watched}")
+        raise typer.Exit(1)
+    typer.echo(f"offline: the training ended well and nothing else was tried; watched: {watched}")

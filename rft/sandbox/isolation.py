@@ -114,9 +114,8 @@ def isolate(settings: dict[str, Any]) -> Protection:
 # --- namespaces ------------------------------------------------------------------------------------------------------
 
 
-def unshare() -> tuple[bool, bool]:
+def unshare(namespaces: int = NEW_NET | NEW_IPC | NEW_PID | NEW_MOUNT) -> tuple[bool, bool]:
     """(own network, process, IPC and mount namespaces, own user namespace), as far as the kernel permits."""
-    namespaces = NEW_NET | NEW_IPC | NEW_PID | NEW_MOUNT
     if os.geteuid() == 0 and LIBC.unshare(namespaces) == 0:
         return True, False
     uid, gid = os.geteuid(), os.getegid()
