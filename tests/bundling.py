@@ -94,6 +94,7 @@ def a_project(root: Path, pins: dict[str, str] = PINS) -> Path:
     (root / "pyproject.toml").write_text(PYPROJECT.format(name="rft-local", version="0.1", folder="scripts"))
     for name in ("cpu", "graders", "warmup", "cluster"):
         (root / f"constraints/{name}.txt").write_text("")
+    (root / "constraints/cuda.txt").write_text("torch==2.13.0\n")
     (root / "constraints/cpu.txt").write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     return root
 

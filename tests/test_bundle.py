@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bundling import a_model, a_project, a_wheel, an_index, an_order
-from test_quickstart import without_network
+from loopback import without_network
 
 from rft.bundle import install
 from rft.bundle.making import make, take_order
@@ -54,7 +54,7 @@ def installed(bundle: Path, *arguments: str, **environment: str) -> subprocess.C
         ["sh", str(bundle / "install"), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"PYTHON": sys.executable} | environment,
     )
 
@@ -328,14 +328,15 @@ def test_it_installs_without_a_network_proves_the_result_and_does_so_again(made:
     environment = {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "PYTHON": sys.executable}
     (tmp_path / "home").mkdir()
     for _ in range(2):  # the second finds everything
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert result.returncode == 0, result.stderr
         assert "install: rft is in" in result.stdout and "check-offline" in result.stdout
     there = tmp_path / "home/rft"
     assert (there / "rft/envs").is_symlink() and os.access(there / "scripts/setup", os.X_OK)
     assert (there / "models/tiny/model.safetensors").read_bytes() == (made / "tiny/model.safetensors").read_bytes()
     code = "import alpha, torch, transformers, rft.config, importlib.metadata as m; print(m.version('torch'))"
-    found = subprocess.run([there / ".venv/bin/python", "-c", code], capture_output=True, text=True, timeout=60)
+    python = [there / ".venv/bin/python", "-c", code]
+    found = subprocess.run(python, capture_output=True, text=True, timeout=300, env=environment, cwd=there)
     assert found.stdout.strip() == "2.13.0+cpu", found.stderr
     stamp = json.loads((there / ".venv/rft-setup.json").read_text())
     assert "cpu" in stamp, "scripts/setup has nothing left to do there"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from loopback import without_network
 from test_job import a_tree
-from test_quickstart import without_network
 
 from rft.bundle.making import make, take_order
 from rft.bundle.target import DEFAULT_GLIBC, parse_target

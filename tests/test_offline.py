@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from loopback import without_network
 from test_job import a_tree
-from test_quickstart import without_network
 
 from rft.offline.checking import is_elsewhere
 
@@ -29,7 +29,7 @@ def confined(log: Path, *command: str) -> list[dict[str, object]]:
     without_network(["true"])  # skips, with the reason, where namespaces are refused
     environment = os.environ | {"PYTHONPATH": str(HOOK), "RFT_REACHED": str(log)}
     shut_in = [sys.executable, "-I", str(CONFINED), str(log), *command]
-    result = subprocess.run(shut_in, capture_output=True, text=True, timeout=60, env=environment)
+    result = subprocess.run(shut_in, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     if {"sees": "all"} not in rows:
@@ -110,14 +110,14 @@ def test_the_hook_hides_no_other_sitecustomize(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.is_mine = True\n")
     environment = os.environ | {"PYTHONPATH": f"{HOOK}:{tmp_path}", "RFT_REACHED": str(tmp_path / "log")}
     command = [sys.executable, "-c", "import sys; print(sys.is_mine)"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.stdout.strip() == "True", result.stderr
 
 
 def check_offline(path: Path, *arguments: str, first: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*first, sys.executable, "-m", "rft", "check-offline", str(path), *arguments]
     environment = os.environ | {"COLUMNS": "300", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment, cwd=ROOT)
 
 
 def written(tmp_path: Path, **sections: object) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import browsing
 import pytest
 import yaml
+from loopback import without_network
 from serving import served
 from test_job import a_tree
 
@@ -20,7 +20,6 @@ from rft.store import RunStore
 from rft.ui.app import build_ui
 
 ROOT = Path(__file__).parent.parent
-ONLY_LOOPBACK = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 pytestmark = pytest.mark.slow
 # The doctor's findings that are true of a model before it has learnt; which of them a single step of 12 rollouts shows
 # depends on how requests arrive at vLLM, so the test holds the doctor to everything else.
@@ -40,14 +39,6 @@ def launched(command: list[str], timeout_s: float) -> subprocess.CompletedProces
         # one thread each: two ranks of two threads that spin for each other take minutes on two cores
         env=os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
-
-
-def without_network(command: list[str]) -> list[str]:
-    """`command` in a network namespace that has only loopback, where this machine allows one."""
-    is_possible = shutil.which("unshare") and shutil.which("ip")
-    if is_possible and subprocess.run([*ONLY_LOOPBACK, "true"], capture_output=True).returncode == 0:
-        return [*ONLY_LOOPBACK, *command]
-    pytest.skip("needs unshare, ip and the right to make a network namespace")
 
 
 @pytest.fixture(scope="module")

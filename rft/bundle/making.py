@@ -100,10 +100,10 @@ async def _collect(order: Order, wheelhouse: Path, say: Say) -> dict[str, str]:
     if target.kind == "cuda":
         say("asking pip which versions go together with CUDA")
 
-        async def build(some: dict[str, str]) -> None:
-            await wheels.build(some, wheelhouse, target)
+        async def gather(some: dict[str, str]) -> None:
+            await wheels.gather(some, wheelhouse, target, say)
 
-        versions = await pins.cuda_pins(order.root, target, wheelhouse, build)
+        versions = await pins.cuda_pins(order.root, target, wheelhouse, gather)
     else:
         versions = pins.cpu_pins(order.root, target)
     await wheels.gather(versions, wheelhouse, target, say)

@@ -43,19 +43,20 @@ def cpu_pins(root: Path, target: Target) -> dict[str, str]:
 
 
 async def cuda_pins(
-    root: Path, target: Target, wheels: Path, build: Callable[[dict[str, str]], Awaitable[object]]
+    root: Path, target: Target, wheels: Path, gather: Callable[[dict[str, str]], Awaitable[None]]
 ) -> dict[str, str]:
     """What pip resolves for the extras that a GPU machine needs; rft's own dependencies in the tested versions.
 
-    build: puts wheels of packages into `wheels` that are published only as source. Raises WorldError.
+    gather: puts wheels of packages into `wheels`, built where there is only source, which pip's resolver would not
+    look at. Raises UserError, WorldError.
     """
-    direct = _direct(root)
-    tested = pinned(root, SETS, target)
-    held = {name: tested[name] for name in map(_name, direct) if name in tested} | pinned(root, ("cuda",), target)
+    direct, tested, cuda = _direct(root), pinned(root, SETS, target), pinned(root, ("cuda",), target)
+    held = {name: tested[name] for name in map(_name, direct) if name in tested and name not in cuda}
+    await gather(held)
     tried: set[str] = set()
     while True:
         with tempfile.TemporaryDirectory(prefix="rft-pins-") as folder:
-            code, said = await _resolve(Path(folder), direct, held, target, wheels)
+            code, said = await _resolve(Path(folder), direct, held | cuda, target, wheels)
             if code == 0:
                 return _checked(_of_report(Path(folder) / "report.json"))
         missing = _MISSING.search(said)
@@ -63,7 +64,7 @@ async def cuda_pins(
         if name not in tested or name in tried:
             raise refusal("the versions for CUDA could not be resolved", said)
         tried.add(name)
-        await build({name: tested[name]})
+        await gather({name: tested[name]})
 
 
 async def _resolve(
@@ -95,11 +96,13 @@ def _name(text: str) -> str:
 
 
 def _direct(root: Path) -> list[str]:
-    """What pyproject.toml asks for, its extras for GPUs with it."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    """What pyproject.toml asks for, with its extras for GPUs and what builds it."""
+    tree = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tree["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
 
     def asked() -> Iterator[str]:
+        yield from tree["build-system"]["requires"]  # the checkout is installed without a build environment
         yield from project["dependencies"]
         for extra in _CUDA_EXTRAS:
             yield from extras[extra]

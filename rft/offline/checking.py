@@ -68,6 +68,7 @@ def check(config: Path, overrides: list[str], limit_s: float, say: Callable[[str
     say(f"training one short step with nothing but loopback; its words are in {folder}/training.log")
     exit_code = asyncio.run(_confined(command, folder, limit_s))
     if exit_code == _NO_NAMESPACE:
+        shutil.rmtree(folder)
         raise _no_namespaces()
     proof = _proof(folder, exit_code)
     if exit_code == 0:
