@@ -34,6 +34,14 @@ PYPROJECT = (
     '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["{folder}"]\n'
     '[project]\nname = "{name}"\nversion = "{version}"\n'
 )
+DEPENDENCIES = """dependencies = ["alpha>=1"]
+[project.optional-dependencies]
+train = ["torch>=2", "transformers"]
+cuda = ["rft-local[train]", "beta"]
+graders = ["from-source"]
+warmup = []
+cluster = []
+"""
 
 
 def a_wheel(folder: Path, name: str, version: str, source: str = "", tag: str = "py3-none-any") -> Path:
@@ -91,7 +99,9 @@ def a_project(root: Path, pins: dict[str, str] = PINS) -> Path:
     (root / "rft/envs").symlink_to("../envs")
     shutil.copy(ROOT / "scripts/setup", root / "scripts/setup")
     (root / "scripts/backend.py").write_text(BACKEND.format(name="rft_local", version="0.1"))
-    (root / "pyproject.toml").write_text(PYPROJECT.format(name="rft-local", version="0.1", folder="scripts"))
+    (root / "pyproject.toml").write_text(
+        PYPROJECT.format(name="rft-local", version="0.1", folder="scripts") + DEPENDENCIES
+    )
     for name in ("cpu", "graders", "warmup", "cluster"):
         (root / f"constraints/{name}.txt").write_text("")
     (root / "constraints/cuda.txt").write_text("torch==2.13.0\n")
@@ -109,7 +119,7 @@ def a_model(folder: Path) -> Path:
     return folder
 
 
-def an_order(tmp_path: Path, python: str | None = None, models: list[Path] | None = None) -> Order:
+def an_order(tmp_path: Path, kind: str = "cpu", python: str | None = None, models: list[Path] | None = None) -> Order:
     """For `tmp_path/bundle`, from the project, model and data below tmp_path, which are made unless they are there."""
     root = tmp_path / "project"
     if not root.exists():
@@ -120,5 +130,5 @@ def an_order(tmp_path: Path, python: str | None = None, models: list[Path] | Non
             a_model(models[0])
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n')
-    target = parse_target("cpu", python, DEFAULT_GLIBC)
+    target = parse_target(kind, python, DEFAULT_GLIBC)
     return take_order(tmp_path / "bundle", target, models, [rows], root)

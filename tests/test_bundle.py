@@ -340,3 +340,31 @@ def test_it_installs_without_a_network_proves_the_result_and_does_so_again(made:
     assert found.stdout.strip() == "2.13.0+cpu", found.stderr
     stamp = json.loads((there / ".venv/rft-setup.json").read_text())
     assert "cpu" in stamp, "scripts/setup has nothing left to do there"
+
+
+@pytest.mark.slow
+def test_for_cuda_pip_resolves_and_the_bundle_installs_that(tmp_path: Path) -> None:
+    a_wheel(an_index(tmp_path / "index"), "alpha", "1.1")  # newer than what was tested
+    facts = make(an_order(tmp_path, "cuda"), lambda text: None)
+    assert facts.target == "cuda"
+    wheels = {path.name.partition("-py3")[0] for path in (tmp_path / "bundle/wheels").iterdir()}
+    assert wheels == {"alpha-1.0", "beta-2.0.post1", "torch-2.13.0", "transformers-5.17.0", "from_source-0.3"}
+    there = tmp_path / "there"
+    result = installed(tmp_path / "bundle", str(there), PYTHONPATH="")
+    assert result.returncode == 0, result.stderr
+    pinned = (there / "constraints/cuda.txt").read_text().splitlines()[1:]
+    assert pinned == ["alpha==1.0", "beta==2.0.post1", "from-source==0.3", "torch==2.13.0", "transformers==5.17.0"]
+    again = subprocess.run([sys.executable, there / "scripts/setup"], capture_output=True, text=True, timeout=300)
+    assert (again.returncode, again.stdout) == (0, ""), "scripts/setup has nothing left to do there"
+
+
+@pytest.mark.slow
+def test_builds_without_cuda_are_refused_for_cuda(tmp_path: Path) -> None:
+    index = an_index(tmp_path / "index")
+    root = a_project(tmp_path / "project")
+    a_wheel(index, "vision", "1.0")
+    a_wheel(index, "vision", "1.0+cpu")
+    text = (root / "pyproject.toml").read_text()
+    (root / "pyproject.toml").write_text(text.replace('"beta"', '"vision"'))
+    with pytest.raises(UserError, match=r"pip chose builds without CUDA: vision==1.0\+cpu"):
+        make(an_order(tmp_path, "cuda"), lambda text: None)
