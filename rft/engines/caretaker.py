@@ -34,7 +34,7 @@ class Caretaker:
         self.published: PublishedWeights | None = None
         self.version = members[0].engine.policy_version  # of the weights that all must have
         self.on_change: Callable[[str], None] = logger.warning
-        self.has_looked = False
+        self.has_looked, self.mean_load = False, 0.0  # of those that serve, when they were last looked at
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self._returning: dict[Member, asyncio.Task[None]] = {}
@@ -96,7 +96,9 @@ class Caretaker:
     async def look(self) -> None:
         """Ask all that serve how busy they are."""
         self.has_looked = True
-        await asyncio.gather(*(self._look(member) for member in self._members if member.state.is_asked))
+        asked = [member for member in self._members if member.state.is_asked]
+        await asyncio.gather(*(self._look(member) for member in asked))
+        self.mean_load = sum(member.load for member in asked) / max(1, len(asked))
 
     async def _look_on(self) -> None:
         while True:

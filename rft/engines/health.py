@@ -78,4 +78,5 @@ class Member:
         """End what is in flight: who waits for it gets a TimeoutError of the request's own."""
         now = asyncio.get_running_loop().time()
         for request in self.requests:
-            request.reschedule(now)
+            if not request.expired():
+                request.reschedule(now)

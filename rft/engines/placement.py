@@ -34,8 +34,6 @@ def choose(key: int, members: Sequence[Member]) -> Member:
     return max(fitting, key=lambda member: (key ^ member.salt) * _MULTIPLIER & _64_BITS)
 
 
-def is_swamped(home: Member, members: Sequence[Member]) -> bool:
-    """Whether another engine reads the whole context faster than `home` gets to a request. Cheap while nobody waits."""
-    if not home.reported.num_waiting:
-        return False
-    return home.load * len(members) > _SWAMPED * sum(member.load for member in members)
+def is_swamped(home: Member, mean_load: float) -> bool:
+    """Whether another engine reads the whole context again faster than `home` gets to a request."""
+    return home.reported.num_waiting > 0 and home.load > _SWAMPED * mean_load

@@ -131,7 +131,7 @@ class EnginePool:
     def _is_good(self, home: _Home, tried: list[Member]) -> bool:
         if home.member in tried or not self._caretaker.is_askable(home.member):
             return False
-        return not home.member.reported.num_waiting or not is_swamped(home.member, self._asked())
+        return not is_swamped(home.member, self._caretaker.mean_load)
 
     async def _candidates(self, tried: list[Member]) -> list[Member]:
         """Engines that were not tried yet, once there are any. Raises EngineError when none will be there soon."""
@@ -177,6 +177,10 @@ class EnginePool:
                     raise failure
             await self._candidates([])
             self.policy_version = weights.version
+
+    def note_failure(self, engine: Engine, error: EngineError) -> None:
+        """One of `members`, asked directly, failed: it is left out if that was for good."""
+        self._caretaker.fail(next(member for member in self.health if member.engine is engine), error)
 
     async def load_metrics(self) -> EngineLoad:
         """Requests of all engines together, as they last said; of the KV caches the fullest."""
