@@ -61,9 +61,8 @@ class SimulatedEngine:
         self.policy_version, self.max_concurrent = 0, places
         self.on_status: Any = None
         self.num_foreign, self.token_s, self.is_dead = 0, TOKEN_S, False
-        self.num_requests, self.tokens_at = 0, list[tuple[float, int]]()
+        self.num_requests = 0
         self.waited_s: defaultdict[str, float] = defaultdict(float)  # by rollout, for a place
-        self.versions: set[int] = set()
         self._turns, self._said, self._kind = turns, said, kind
         self._gate, self._places, self._num_asked, self._num_running = Gate(), asyncio.Semaphore(places), 0, 0
 
@@ -89,19 +88,18 @@ class SimulatedEngine:
         finally:
             self._num_asked -= 1
         self._said[rollout_id] += 1
-        self.tokens_at.append((clock(), len(ids)))
         return completion
 
     async def _sample(self, ids: list[int], version: int) -> Completion:
         self._check()
         self._num_running += 1
-        slowdown = 1 + (self._num_running + self.num_foreign) / self.max_concurrent
+        num_busy = min(self._num_asked + self.num_foreign, self.max_concurrent)  # all that come when a load is over
+        slowdown = 1 + num_busy / self.max_concurrent
         try:
             await asyncio.sleep(self.token_s * slowdown * len(ids))
         finally:
             self._num_running -= 1
         self._check()
-        self.versions.add(version)
         return Completion(list(ids), [-0.5] * len(ids), "stop", version)
 
     def _check(self) -> None:

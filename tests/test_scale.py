@@ -28,16 +28,16 @@ def test_500_rollouts_on_8_engines(tmp_path: Path) -> None:
     values = {name: row["value"] for name, row in rows.items()}
     cpu = "CPU per 1,000 turns"
     missed = {name for name, row in rows.items() if row["is_met"] is False}
-    assert missed <= {cpu} and result.returncode == bool(missed), (
-        result.stderr
-    )  # how fast this machine is, is not tested
+    assert missed <= {cpu}, "how fast a busy machine is, is not tested"
+    assert result.returncode == bool(missed), result.stderr
     assert 0 < values[cpu] < 30 and 0 < values["of it, writing the records of rollouts"] < values[cpu]
     assert values[f"{cpu}, real HTTP client"] > 0
     assert values["rollouts discarded"] == 0 and values["requests that went on elsewhere"] >= 1
     assert 0.5 < values["least busy engine over the mean of its kind"] <= 1
     assert 1 <= values["busiest engine over the mean of its kind"] < 1.5
     assert values["rollouts of several versions"] > 0.5
-    assert values["lost at an update, adapters"] < values["lost at an update, merged weights"] < 10
+    assert values["mean end of a rollout, merged weights"] > values["the same, adapters"] > 10
+    assert 0 < values["lost at an update of merged weights"] < 30
     assert values["GPUs it drives, turns of 500 tokens"] == pytest.approx(
         values["turns per second of one core, a third of it free"] * 500 / 2500
     )
