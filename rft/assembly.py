@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rft.config import RunConfig
 from rft.engines import build_engine
+from rft.engines.pool import EnginePool
 from rft.engines.remote import Sampler
 from rft.envs import Environment, build_environment
 from rft.envs.http import HttpEnvironment
@@ -46,7 +47,7 @@ async def build_parts(
 ) -> Parts:
     """Everything but the heavy: tools and grading endpoints are reached, python graders loaded, nothing is sampled.
 
-    on_note: gets what a person should read: what protects graders, and later which server is down or back.
+    on_note: gets what a person should read: what protects graders, and later which server or engine is down or back.
     engine: what is sampled with; by default what the config names.
     """
     environment = await _build_environment(config, stack, on_note)
@@ -65,6 +66,8 @@ async def build_parts(
         on_note(note)
     engine = engine if engine is not None else build_engine(config, store.engine_log)
     stack.push_async_callback(engine.close)
+    if isinstance(engine, EnginePool):
+        engine.on_change = on_note
     main = graders.pop("grader")
     shadows = dict(zip(config.shadow_graders, graders.values(), strict=True))
     return Parts(engine, environment, main, shadows, judges)

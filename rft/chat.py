@@ -67,6 +67,7 @@ class Chat:
                 cure="use an instruction-tuned model, or put a template into that folder as chat_template.jinja",
             )
         self.tokenizer = tokenizer
+        self._core: Any = None
         self.knows_tools = "rft_probe_tool" in self._render([{"role": "user", "content": "x"}], [_PROBE_TOOL])
         self.dialect: Dialect = dialect_of(tokenizer.chat_template) if self.knows_tools else "hermes"
         self._takes_system = self._can_render_system()
@@ -76,6 +77,7 @@ class Chat:
         """Ids that end a turn: the template's end of turn and the tokenizer's end of text."""
         self._stop_texts = [self._decode(stop) for stop in self.stop_token_ids]
         self._end = self._decode(self.end_of_turn)
+        self._core = _core_of(tokenizer, self._end)
         self._openings: OrderedDict[int, _Opening] = OrderedDict()
         self._num_ends: dict[Any, int] = {}
 
@@ -106,7 +108,7 @@ class Chat:
 
         Call ids are `call_<call_prefix>_<n>`, so the caller keeps them unique within a rollout.
         """
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        text = (self._core or self.tokenizer).decode(ids, skip_special_tokens=False)
         for stop in self._stop_texts:
             text = text.removesuffix(stop)
         reasoning, answer = split_reasoning(text)
@@ -288,7 +290,8 @@ class Chat:
         )
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        found = (self._core or self.tokenizer).encode(text, add_special_tokens=False)
+        ids: list[int] = found if self._core is None else found.ids
         return ids
 
     def _decode(self, token: int) -> str:
@@ -358,6 +361,19 @@ def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:
     except (ValueError, RecursionError):
         chat["function"]["arguments"] = {"malformed": call.arguments}
     return chat
+
+
+def _core_of(tokenizer: Any, end: str) -> Any:
+    """What encodes and decodes inside a transformers tokenizer; None where it would not say the same.
+
+    Looking at options that are never given takes transformers three times as long as encoding a tool's result.
+    """
+    core, text = getattr(tokenizer, "backend_tokenizer", None), f" A\u00e9 , b ' s .\n<think>1 2</think>{end}\nuser"
+    ids = tokenizer.encode(text, add_special_tokens=False)  # this also turns off what would cut or pad
+    if core is None or core.encode(text, add_special_tokens=False).ids != ids:
+        return None
+    is_same = core.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
+    return core if is_same else None
 
 
 def _shared_start(one: str, other: str) -> str:

@@ -57,6 +57,10 @@ class EngineError(WorldError):
     stop_reason = StopReason.ENGINE_FAILED
 
 
+class EngineBehindError(EngineError):
+    """The engine answers, but not with the weights that it was given last: it must load them first."""
+
+
 class ToolError(WorldError):
     """A tool endpoint failed in a way the model must not see (5xx, transport) after all retries."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rft.types import Record, StopReason
 from rft.waits import Wait, Waits
 
 _NUM_EXAMPLES, _NUM_LONGEST = 3, 20
+_MAX_OUT = 5  # engines that are named
 _MAX_NAME = 60  # characters of a name that a model or a dataset chose
 _CONSEQUENCES = ("slot", "outage")  # waits for other rollouts: never why a run stands still
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -41,6 +42,19 @@ class Waiting(Record):
     examples: list[LongWait]
 
 
+class EngineHealth(Record):
+    """One engine of several (rft/engines/health.py)."""
+
+    name: str
+    state: str
+    for_s: float  # how long it has been in that state
+    reason: str = ""  # why it gets no requests
+    num_in_flight: int  # our requests
+    num_foreign: int  # those of other clients
+    num_waiting: int  # of all, in its queue
+    kv_cache_use: float  # a share
+
+
 class Live(Record):
     """A moment of a run. Counts of rollouts are those of the phase."""
 
@@ -57,6 +71,7 @@ class Live(Record):
     waiting: list[Waiting] = Field(default_factory=list)  # causes first, then who waits for other rollouts
     longest: list[LongWait] = Field(default_factory=list)
     engine: dict[str, float] | None = None  # null: it did not say
+    engines: list[EngineHealth] = Field(default_factory=list)  # where there are several
     memory_bytes: int = 0  # resident, of the process that leads the run
     num_tasks: int = 0
 
@@ -133,8 +148,20 @@ def live_lines(live: Live) -> list[str]:
         engine = live.engine
         load = f"{engine['num_running']:.0f} running, {engine['num_waiting']:.0f} waiting"
         lines.append(f"  engine: {load}, {engine['kv_cache_use']:.0%} of its cache in use")
+    lines += engine_lines(live.engines)
     lines.append(f"  {live.memory_bytes / 2**20:,.0f} MiB in this process, {live.num_tasks} open tasks")
     return lines
+
+
+def engine_lines(engines: list[EngineHealth]) -> list[str]:
+    """How several engines are: how many are in each state, how the requests lie on them, and which are out."""
+    if not engines:
+        return []
+    states, loads = Counter(engine.state for engine in engines), [engine.num_in_flight for engine in engines]
+    lines = [f"  engines: {shares(states)}; our requests on one: {min(loads)} to {max(loads)}"]
+    out = [engine for engine in engines if engine.reason]
+    lines += [f"  {one.name} is {one.state} for {one.for_s:,.0f} s: {one.reason}" for one in out[:_MAX_OUT]]
+    return lines + ([f"  and {len(out) - _MAX_OUT} more"] if len(out) > _MAX_OUT else [])
 
 
 def shares(stops: Mapping[str, int]) -> str:

@@ -18,11 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar
 
+from rft.engines.pool import EnginePool
 from rft.engines.remote import Sampler
 from rft.envs.outage import Outages
 from rft.errors import NoProgressError, StorageError, WorldError
-from rft.live import Live, count_stops, live_lines, memory_bytes, waiting_for, waits_table
+from rft.live import EngineHealth, Live, count_stops, live_lines, memory_bytes, waiting_for, waits_table
 from rft.lookout import Lookout
+from rft.plain import plain
 from rft.store import RunStore
 from rft.threads import DaemonThreads
 from rft.types import StopReason
@@ -32,6 +34,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _LOAD_TIMEOUT_S = 1.0
+_MAX_REASON = 200
 _CANCEL_TIMEOUT_S = 120.0  # more than a session may take to end and to close
 
 
@@ -150,6 +153,7 @@ class Watchdog:
             waiting=waiting,
             longest=longest,
             engine=self._load if is_active else None,
+            engines=_health(self._engine),
             memory_bytes=memory_bytes(),
             num_tasks=len(asyncio.all_tasks(self._loop.get_loop())) if is_active else 0,
         )
@@ -175,6 +179,24 @@ class Watchdog:
     def _note(self, level: str, message: str, data: dict[str, Any] | None) -> None:
         with contextlib.suppress(StorageError):  # a full disk ends the run elsewhere, not the lookout
             self._store.append_event_apart("warn" if level == "warn" else "info", message, data)
+
+
+def _health(engine: Sampler | None) -> list[EngineHealth]:
+    """How each engine of several is."""
+    now = time.monotonic()
+    return [
+        EngineHealth(
+            name=member.name,
+            state=member.state,
+            for_s=round(now - member.since, 1),
+            reason=plain(member.reason, max_chars=_MAX_REASON),
+            num_in_flight=len(member.requests),
+            num_foreign=member.num_foreign,
+            num_waiting=member.reported.num_waiting,
+            kv_cache_use=member.reported.kv_cache_use,
+        )
+        for member in (engine.health if isinstance(engine, EnginePool) else ())
+    ]
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

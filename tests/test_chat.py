@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from tiny import tiny_tokenizer
@@ -179,3 +180,29 @@ def test_a_folder_that_is_no_model_is_named_with_its_cure(tmp_path: Path) -> Non
 def test_messages_survive_their_chat_form() -> None:
     message = Message(role="tool", content="x", tool_call_id="call_1")
     assert Message.model_validate(message.as_chat()) == message
+
+
+def test_the_core_of_a_tokenizer_says_what_the_tokenizer_says() -> None:
+    tokenizer = tiny_tokenizer()
+    chat = Chat(tokenizer)
+    assert chat._core is tokenizer.backend_tokenizer
+    for text in ("", "plain", " a , b ' s", "Zürich <|im_end|>\n<|im_start|>user\n\u2028", "\x00 \t"):
+        assert chat._encode(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+class Shouting:
+    """A tokenizer that changes what its core says."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        return self._tokenizer.encode(text.replace("b", "B"), **options)
+
+
+def test_a_tokenizer_that_does_more_than_its_core_is_asked_itself() -> None:
+    chat = Chat(Shouting(tiny_tokenizer()))
+    assert chat._core is None and chat._encode("b") == Chat(tiny_tokenizer())._encode("B")

@@ -327,12 +327,17 @@ class FaultyVllm:
     """A server on loopback that answers `/v1/completions` with each of `replies` in turn, the last one for ever.
 
     A reply is an HTTP status, "drop" (the connection is closed), "hang", or "wait" for a 200 once `gate` is set; 200
-    comes with a completion of one id. `adapters`: what was asked of adapters, in order.
+    comes with a completion of one id. `adapters`: what was asked of adapters, in order; `loads`: the folders of merged
+    weights. `metrics`: what /metrics says; `num_looks` at it.
     """
+
+    metrics = "process_start_time_seconds 1.7e+09\n"
+    num_looks = 0
 
     def __init__(self, *replies: int | str) -> None:
         self.replies, self.bodies, self.url = list(replies), list[dict[str, Any]](), ""
         self.adapters: list[str] = []
+        self.loads: list[str] = []
         self.gate = asyncio.Event()
 
     async def __aenter__(self) -> FaultyVllm:
@@ -354,6 +359,8 @@ class FaultyVllm:
                 reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
             if "_lora_adapter" in head:
                 self.adapters.append(f"{'unload' if '/unload' in head else 'load'} {body['lora_name']}")
+            if "/collective_rpc" in head:
+                self.loads.append(Path(body["kwargs"]["weights_path"]).name)
             if reply == "wait":
                 await self.gate.wait()
                 reply = 200
@@ -362,6 +369,9 @@ class FaultyVllm:
             elif reply != "drop":
                 choice = {"token_ids": [4], "logprobs": {"token_logprobs": [-1.5]}, "finish_reason": "stop"}
                 content = json.dumps({"data": [{"id": "m", "max_model_len": 64}], "choices": [choice]}).encode()
+                if "/metrics" in head:
+                    self.num_looks += 1
+                    content = self.metrics.encode()
                 writer.write(f"HTTP/1.1 {reply} X\r\nContent-Type: application/json\r\nConnection: close\r\n".encode())
                 writer.write(f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
                 await writer.drain()

@@ -11,16 +11,18 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripted_engine import ScriptedEngine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rft.chat import Chat
 from rft.config import ModelConfig, TransformersEngineConfig
-from rft.engines import PublishedWeights, sync_kind
+from rft.engines import EngineLoad, PublishedWeights, sync_kind
 from rft.engines.pool import EnginePool
 from rft.engines.transformers import TransformersEngine
-from rft.errors import StorageError, SyncError
+from rft.errors import EngineError, StorageError, SyncError
 from rft.trainers.sync import ProbeResult, Sync
-from tests.tiny import tiny_model_folder
+from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 PROMPTS = [list(range(30, 100)), [7, 8, 9, 200, 3]]
 Kind = Literal["auto", "adapter", "merged"]
@@ -124,6 +126,51 @@ def test_every_engine_of_several_is_probed(rig: Rig, folder: Path) -> None:
     rig.runner.run(second.load(weights))
     assert rig.runner.run(rig.sync.probe(rig.policy, pool, PROMPTS)).max_gap < 1e-4
     rig.runner.run(second.close())
+
+
+class Flat(PlainPolicy):
+    """A policy that says what the scripted engine says, and counts how often."""
+
+    def __init__(self) -> None:
+        self.num_scored = 0
+
+    def score(self, ids: list[int], start: int) -> list[float]:
+        self.num_scored += 1
+        return [-0.5] * (len(ids) - start)
+
+
+class Scored(ScriptedEngine):
+    """Does not answer when it is asked for scores, or is down, if `is_dead`."""
+
+    is_dead = False
+
+    async def score(self, ids: list[int], start: int) -> list[float]:
+        if self.is_dead:
+            raise EngineError("the server died")
+        return await super().score(ids, start)
+
+    async def load_metrics(self) -> EngineLoad:
+        await self.score([], 0)
+        return await super().load_metrics()
+
+
+def test_of_many_engines_each_is_asked_and_the_trainer_once(tmp_path: Path) -> None:
+    """One that dies under the probe is left out, the run goes on with the others."""
+    engines = [Scored(Chat(tiny_tokenizer()), lambda *_: "") for _ in range(16)]
+    pool, policy = EnginePool(engines), Flat()
+    engines[5].is_dead = True
+
+    async def story() -> None:
+        assert (await Sync("merged", tmp_path, tmp_path).probe(policy, pool, PROMPTS)).max_gap == 0
+        assert policy.num_scored <= 3, "both prompts, and the one that is remembered"
+        assert engines[5] not in pool.members and len(pool.members) == 15
+        for engine in engines:
+            engine.is_dead = True
+        with pytest.raises(EngineError, match="the server died"):
+            await Sync("merged", tmp_path, tmp_path).probe(policy, pool, PROMPTS)
+        await pool.close()
+
+    asyncio.run(story())
 
 
 def test_unmoved_policy_is_no_lost_sync(rig: Rig) -> None:

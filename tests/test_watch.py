@@ -19,12 +19,15 @@ from typing import Any
 
 import pytest
 from fakes import FaultyToolServer, LoopbackServer
+from scripted_engine import ScriptedEngine
 from test_collect import a_collector
 from test_job import a_config
 from test_outage import Said, a_server, an_environment
 from test_rollout import CALL, RecordingEnvironment, RecordingGrader, a_workshop, an_item, say
 
 from rft.config import RolloutConfig
+from rft.engines.health import Health
+from rft.engines.pool import EnginePool
 from rft.errors import NoProgressError
 from rft.job import run_job
 from rft.live import Live, count_stops, live_lines, waiting_for
@@ -97,6 +100,8 @@ STUCK_THREAD = """
 import asyncio, sys, threading
 from pathlib import Path
 from test_rollout import a_workshop, say
+from rft.engines.health import Health
+from rft.engines.pool import EnginePool
 from rft.errors import NoProgressError
 from rft.store import RunStore
 from rft.watch import Watchdog
@@ -404,3 +409,18 @@ def test_the_default_limit_is_longer_than_any_wait_that_is_allowed(tmp_path: Pat
     assert a_config(tmp_path, **tree).stall_limit_s >= 9000 + 4 * 3000
     tree["rollout"]["stall_limit_s"] = 5
     assert a_config(tmp_path, **tree).stall_limit_s == 5
+
+
+def test_each_engine_of_several_is_told(store: RunStore) -> None:
+    workshop = a_workshop(say("I21.9"))
+    pool = EnginePool([workshop.engine, *(ScriptedEngine(workshop.chat, say("I21.9")) for _ in range(7))])  # type: ignore[list-item]
+    for member in pool.health[1:]:
+        member.state, member.reason = Health.DOWN, "the server\x1b[31m died"
+    with a_watchdog(store) as watchdog:
+        watchdog.attach(pool, None, FOREVER_S)
+        live = watchdog.live(is_active=True)
+    assert [engine.state for engine in live.engines] == ["serving"] + ["down"] * 7
+    lines = [line for line in live_lines(Live.model_validate_json(live.model_dump_json())) if "engine" in line]
+    assert lines[0] == "  engines: down 7, serving 1; our requests on one: 0 to 0"
+    assert len(lines) == 6 and lines[1].startswith("  engine 1 is down for ") and "\x1b" not in lines[1]
+    assert "  and 2 more" in live_lines(live)

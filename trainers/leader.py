@@ -15,6 +15,7 @@ from rft.baseline.numbers import Baseline, measure
 from rft.config import RunConfig
 from rft.doctor.alarm import Alarm, warning
 from rft.engines import Engine
+from rft.engines.pool import EnginePool
 from rft.errors import NumericsError, UserError
 from rft.metrics import Clock, group_metrics, rollout_metrics, staleness_metrics, step_line
 from rft.pipeline import Pipeline
@@ -186,6 +187,8 @@ class SamplingLeader(Leader):
         sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
         probed = sequences[:_PROBE_SEQUENCES] or [self.first_prompt(group.item) for group in groups[:1]]
         probe = run(self.sync.probe(policy, self.engine, probed))
+        if isinstance(self.engine, EnginePool):
+            metrics |= {"engines/serving": len(self.engine.members), "engines/moved_requests": self.engine.num_moved}
         return metrics | {"probe/mean": probe.mean_gap, "probe/max": probe.max_gap}
 
     def evaluate(self, split: Split, step: int) -> None:

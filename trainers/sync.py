@@ -13,6 +13,7 @@ and trainer afterwards, in two ways, because one cannot see what the other does:
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from rft.engines import Engine, PublishedWeights
 from rft.engines.pool import EnginePool
-from rft.errors import StorageError, SyncError
+from rft.errors import EngineError, StorageError, SyncError
 
 _NUM_KEPT = 2
 _MAX_SCORED = 256  # tokens of a sequence that are compared: its last ones
@@ -34,6 +35,7 @@ _MAX_CANARY = 64  # tokens of the sequence whose scores are remembered
 _MIN_MOVED = 1e-4  # mean |new - old| of the trainer's scores from which on the engine's must move too
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # config, tokenizer, template; never weights
 
+Scorer = Callable[[list[int]], list[float]]  # ids -> log-probabilities of all but the first
 DType = Literal["bfloat16", "float32"]
 _MAX_MEAN_GAP: dict[DType, float] = {"float32": 2e-3, "bfloat16": 0.15}
 
@@ -120,19 +122,31 @@ class Sync:
     async def probe(self, policy: PublishedPolicy, engine: Engine, prompts: list[list[int]]) -> ProbeResult:
         """Compare engine and trainer on `prompts` (ids, each of at least two; long ones are cut to their end).
 
-        Of several engines each is compared, and the largest gaps are returned. Raises SyncError naming version and
-        gap when one does not compute with the trainer's weights.
+        Of several engines each is compared, all at once, and the largest gaps are returned; one that does not answer is
+        left out. Raises SyncError naming version and gap when one does not compute with the trainer's weights.
         """
         limit = min(_MAX_SCORED, engine.max_model_len - 1)
         sequences = [ids[-limit:] for ids in prompts if len(ids) > 1]
         if not sequences:
             raise ValueError("a probe needs at least one sequence of two ids")
-        members = engine.members if isinstance(engine, EnginePool) else [engine]
-        results = [await self._probe_one(policy, member, sequences) for member in members]
+        trainer = _remembered(policy)
+        if not isinstance(engine, EnginePool):
+            return await self._probe_one(trainer, engine, sequences)
+        members = engine.members
+        probes = (self._probe_one(trainer, member, sequences) for member in members)
+        found = await asyncio.gather(*probes, return_exceptions=True)
+        results = [result for result in found if isinstance(result, ProbeResult)]
+        for member, failure in zip(members, found, strict=True):
+            if isinstance(failure, EngineError) and results:
+                engine.note_failure(member, failure)  # the others go on, and it loads before it serves again
+            elif isinstance(failure, BaseException):
+                raise failure
+        if not results:
+            raise EngineError("no engine is left to compare with the trainer")
         return ProbeResult(max(result.mean_gap for result in results), max(result.max_gap for result in results))
 
-    async def _probe_one(self, policy: PublishedPolicy, engine: Engine, sequences: list[list[int]]) -> ProbeResult:
-        scores = [await _score(policy, engine, ids) for ids in sequences]
+    async def _probe_one(self, trainer: Scorer, engine: Engine, sequences: list[list[int]]) -> ProbeResult:
+        scores = [await _score(trainer, engine, ids) for ids in sequences]
         gaps = [abs(a - b) for each in scores for a, b in zip(each.engine, each.trainer, strict=True)]
         result = ProbeResult(sum(gaps) / len(gaps), max(gaps))
         bound = _MAX_MEAN_GAP[self._dtype]
@@ -143,7 +157,7 @@ class Sync:
                 cure="check that the engine serves this model, in this dtype, without quantization",
             )
         before = self._canaries.get(id(engine))
-        now = await _score(policy, engine, before.ids if before else sequences[0][:_MAX_CANARY])
+        now = await _score(trainer, engine, before.ids if before else sequences[0][:_MAX_CANARY])
         self._canaries[id(engine)] = now
         if before is not None:
             _check_moved(before, now)
@@ -160,8 +174,21 @@ def _check_moved(before: _Scores, now: _Scores) -> None:
         )
 
 
-async def _score(policy: PublishedPolicy, engine: Engine, ids: list[int]) -> _Scores:
-    return _Scores(ids, await engine.score(ids, 1), policy.score(ids, 1), engine.policy_version)
+async def _score(trainer: Scorer, engine: Engine, ids: list[int]) -> _Scores:
+    return _Scores(ids, await engine.score(ids, 1), trainer(ids), engine.policy_version)
+
+
+def _remembered(policy: PublishedPolicy) -> Scorer:
+    """The trainer's scores of whole sequences, each computed once however many engines are compared with them."""
+    known: dict[tuple[int, ...], list[float]] = {}
+
+    def score(ids: list[int]) -> list[float]:
+        key = tuple(ids)
+        if key not in known:
+            known[key] = policy.score(ids, 1)
+        return known[key]
+
+    return score
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:

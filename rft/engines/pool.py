@@ -1,145 +1,202 @@
 """Several engines as one: every turn of a rollout, and the rollouts of one prompt, go to the engine that knows them.
 
-The first turn is placed by rendezvous hashing of its prompt with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018):
-siblings share an engine and its prefix cache, unless that engine is busier than the others. Later turns stay where the
-first was. An engine that fails is left out and its requests are sampled elsewhere; it comes back once it answers and
-has loaded the current weights. Never samples from an engine whose version is not the pool's.
+Where a rollout begins is placement.py, which engines are asked is caretaker.py. Guarantees: nothing is sampled by an
+engine whose weights are not the pool's; a request that an engine lost is sampled by another, so that its rollout goes
+on; a prompt at which engines die fails its rollouts and leaves engines to the others, where there are more than two.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-from array import array
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from math import ceil
+from dataclasses import dataclass
 
 from rft.engines import Completion, Engine, EngineLoad, PublishedWeights, SamplingParams
+from rft.engines.caretaker import Caretaker, logger
+from rft.engines.health import Health, Member
+from rft.engines.placement import choose, is_swamped, prompt_key
 from rft.errors import EngineError
 
-logger = logging.getLogger(__name__)
-
-_MAX_OVERLOAD = 1.25  # of the mean number of requests in flight; beyond it the next engine in the order is taken
 _NUM_KEPT_HOMES = 65_536
-_RETURN_EVERY_S = 5.0
+_MAX_MOVES = 2  # of one request, to other engines
+_VERDICT_LIMIT_S = 600.0  # while no engine serves and one is being loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a rollout is sampled. key: of its first prompt, which its siblings share."""
+
+    member: Member
+    key: int
 
 
 class EnginePool:
-    """Engines of the same model. Needs at least one that works."""
+    """Engines of the same model. Needs at least one that works. names: of the engines, for people."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Engine], names: Sequence[str] = ()) -> None:
         if not engines:
             raise ValueError("a pool needs an engine")
-        self._engines = list(engines)
+        names = names or [f"engine {index}" for index in range(len(engines))]
+        self.health = [Member(index, *pair) for index, pair in enumerate(zip(names, engines, strict=True))]
+        self.num_moved = 0  # requests that went on elsewhere
         self.policy_version = engines[0].policy_version
         self.max_model_len = min(engine.max_model_len for engine in engines)
         self.max_concurrent = sum(engine.max_concurrent for engine in engines)
         self.on_status: Callable[[str], None] = logger.debug
-        self._in_flight = [0] * len(engines)
-        self._down: dict[int, asyncio.Task[None]] = {}  # engine -> who tries to bring it back
-        self._homes: OrderedDict[str, int] = OrderedDict()  # rollout -> where its first turn was sampled
-        self._published: PublishedWeights | None = None
-        self._changing = asyncio.Lock()  # weights, or which engines are in
+        self._caretaker = Caretaker(self.health)
+        self._max_moves = min(_MAX_MOVES, max(1, len(engines) - 2))
+        self._homes: OrderedDict[str, _Home] = OrderedDict()  # by rollout
+        self._deaths: defaultdict[int, set[tuple[Member, float]]] = defaultdict(set)  # of engines, by prompt
+        self._loading = asyncio.Lock()
 
     @property
     def members(self) -> list[Engine]:
-        """The engines that are in."""
-        return [engine for index, engine in enumerate(self._engines) if index not in self._down]
+        """The engines that are asked."""
+        return [member.engine for member in self.health if member.state.is_asked]
+
+    @property
+    def on_change(self) -> Callable[[str], None]:
+        """Gets a line when an engine leaves or is back."""
+        return self._caretaker.on_change
+
+    @on_change.setter
+    def on_change(self, tell: Callable[[str], None]) -> None:
+        self._caretaker.on_change = tell
 
     async def start(self) -> None:
         """Start all of them; raises EngineError when one cannot be."""
-        for engine in self._engines:
-            engine.on_status = self.on_status
-        await asyncio.gather(*(engine.start() for engine in self._engines))
+        for member in self.health:
+            member.engine.on_status = self.on_status
+        await asyncio.gather(*(member.engine.start() for member in self.health))
 
     async def generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
-        """Sample where the rollout is at home. Raises EngineError when no engine is left."""
+        """Sample where the rollout is at home, or elsewhere when that fails.
+
+        Raises EngineError: retryable when this request failed wherever it was tried, not retryable when no engine is
+        left.
+        """
+        self._caretaker.begin()
+        tried: list[Member] = []
         while True:
-            index = self._place(prompt_ids, rollout_id)
-            self._in_flight[index] += 1
+            home = await self._place(prompt_ids, rollout_id, tried)
             try:
-                return await self._engines[index].generate(prompt_ids, params, rollout_id)
+                completion = await self._ask(home.member, prompt_ids, params, rollout_id)
             except EngineError as error:
-                if error.retryable or not self._others(index):
-                    raise
-                self._leave_out(index, error)
-            finally:
-                self._in_flight[index] -= 1
+                tried.append(home.member)
+                await self._note(home, error)
+                if len(tried) > self._max_moves:
+                    where = ", ".join(member.name for member in tried)
+                    raise EngineError(f"{error.problem} (tried: {where})", retryable=True, cure=error.cure) from error
+            else:
+                home.member.succeed()
+                self._deaths.pop(home.key, None)
+                self.num_moved += bool(tried)
+                return completion
+
+    async def _ask(self, member: Member, ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
+        """Raises EngineError also when the engine goes down before it has answered."""
+        request = asyncio.timeout(None)
+        try:
+            async with request:
+                member.requests.add(request)
+                return await member.engine.generate(ids, params, rollout_id)
+        except TimeoutError:
+            if not request.expired():
+                raise
+            raise EngineError(f"{member.name} is {member.state}: {member.reason}", retryable=True) from None
+        finally:
+            member.requests.discard(request)
+
+    async def _note(self, home: _Home, error: EngineError) -> None:
+        """What a failed request says of its engine, and of its prompt."""
+        self._caretaker.fail(home.member, error)
+        if await self._caretaker.settled(home.member) is Health.DOWN:
+            self._deaths[home.key].add((home.member, home.member.since))
+
+    async def _place(self, prompt_ids: list[int], rollout_id: str, tried: list[Member]) -> _Home:
+        """Raises EngineError when no engine is there to take the request."""
+        home = self._homes.get(rollout_id)
+        key = prompt_key(prompt_ids) if home is None else home.key
+        if len(self._deaths.get(key, ())) > self._max_moves:
+            raise EngineError("engines died while they sampled rollouts of this prompt", retryable=True)
+        if home is None or not self._is_good(home, tried):
+            candidates = await self._candidates(tried)
+            home = self._homes[rollout_id] = _Home(choose(key, candidates), key)
+            if len(self._homes) > _NUM_KEPT_HOMES:
+                self._homes.popitem(last=False)
+        self._homes.move_to_end(rollout_id)
+        return home
+
+    def _is_good(self, home: _Home, tried: list[Member]) -> bool:
+        if home.member in tried or not self._caretaker.is_askable(home.member):
+            return False
+        return not is_swamped(home.member, self._caretaker.mean_load)
+
+    async def _candidates(self, tried: list[Member]) -> list[Member]:
+        """Engines that were not tried yet, once there are any. Raises EngineError when none will be there soon."""
+        if found := [member for member in self._asked() if member not in tried]:
+            return found
+        try:
+            async with asyncio.timeout(_VERDICT_LIMIT_S):
+                while any(member.state is not Health.DOWN for member in self.health if member not in tried):
+                    await self._caretaker.change()
+                    if found := [member for member in self._asked() if member not in tried]:
+                        return found
+        except TimeoutError:
+            pass  # those that were to load did not in time
+        raise self._none_left()
+
+    def _none_left(self) -> EngineError:
+        is_any_left = any(member.state.is_asked for member in self.health)
+        reasons = "; ".join(f"{member.name}: {member.reason}" for member in self.health if member.reason)
+        problem = f"no engine is left to try: {reasons}" if is_any_left else f"all engines are down: {reasons}"
+        return EngineError(problem, retryable=is_any_left, cure="see the engines' logs, continue with --resume")
 
     async def score(self, ids: list[int], start: int) -> list[float]:
         """What one of the engines says; the sync's probe asks each of `members` instead."""
-        return await self.members[0].score(ids, start)
+        return await (await self._candidates([]))[0].engine.score(ids, start)
 
     async def load(self, weights: PublishedWeights) -> None:
-        """All engines sample from `weights` from now on; one that cannot load them is left out."""
-        async with self._changing:
-            self._published = weights
-            loading = {i: engine.load(weights) for i, engine in enumerate(self._engines) if i not in self._down}
-            results = await asyncio.gather(*loading.values(), return_exceptions=True)
-            failures = {i: result for i, result in zip(loading, results, strict=True) if result is not None}
-            for index, failure in failures.items():
-                if not isinstance(failure, EngineError) or len(failures) == len(loading):
+        """All engines sample from `weights` from now on; one that cannot load them is left out until it can."""
+        async with self._loading:
+            self._deaths.clear()
+            members = await self._candidates([])
+            self._caretaker.published, self._caretaker.version = weights, weights.version
+            for member in members:
+                self._caretaker.enter(member, Health.LOADING)
+            failures = await asyncio.gather(
+                *(member.engine.load(weights) for member in members), return_exceptions=True
+            )
+            for member, failure in zip(members, failures, strict=True):
+                if failure is None and member.state is Health.LOADING:
+                    self._caretaker.enter(member, Health.SERVING)
+                elif isinstance(failure, EngineError):
+                    self._caretaker.enter(member, Health.DOWN, failure.problem)
+                elif failure is not None:
                     raise failure
-                self._leave_out(index, failure)
+            await self._candidates([])
             self.policy_version = weights.version
 
+    def note_failure(self, engine: Engine, error: EngineError) -> None:
+        """One of `members`, asked directly, failed: it is left out if that was for good."""
+        self._caretaker.fail(next(member for member in self.health if member.engine is engine), error)
+
     async def load_metrics(self) -> EngineLoad:
-        """Requests of all engines together; of the KV caches the fullest."""
-        loads = await asyncio.gather(*(engine.load_metrics() for engine in self.members))
+        """Requests of all engines together, as they last said; of the KV caches the fullest."""
+        self._caretaker.begin()
+        if not self._caretaker.has_looked:
+            await self._caretaker.look()
+        loads = [member.reported for member in self._asked()]
         return EngineLoad(
             num_running=sum(load.num_running for load in loads),
             num_waiting=sum(load.num_waiting for load in loads),
-            kv_cache_use=max(load.kv_cache_use for load in loads),
+            kv_cache_use=max((load.kv_cache_use for load in loads), default=0.0),
         )
 
     async def close(self) -> None:
-        for task in self._down.values():
-            task.cancel()
-        await asyncio.gather(*self._down.values(), return_exceptions=True)
-        await asyncio.gather(*(engine.close() for engine in self._engines))
+        await self._caretaker.close()
+        await asyncio.gather(*(member.engine.close() for member in self.health))
 
-    def _others(self, index: int) -> list[int]:
-        return [other for other in range(len(self._engines)) if other != index and other not in self._down]
-
-    def _place(self, prompt_ids: list[int], rollout_id: str) -> int:
-        home = self._homes.get(rollout_id)
-        if home is None or home in self._down:
-            home = self._choose(prompt_ids)
-        self._homes[rollout_id] = home
-        self._homes.move_to_end(rollout_id)
-        if len(self._homes) > _NUM_KEPT_HOMES:
-            self._homes.popitem(last=False)
-        return home
-
-    def _choose(self, prompt_ids: list[int]) -> int:
-        """The first engine, in the prompt's own order of them, that has room."""
-        key = array("q", prompt_ids).tobytes()
-        candidates = [index for index in range(len(self._engines)) if index not in self._down]
-        candidates.sort(key=lambda index: hashlib.blake2b(key, digest_size=8, salt=b"%d" % index).digest())
-        bound = _MAX_OVERLOAD * (sum(self._in_flight[index] for index in candidates) + 1) / len(candidates)
-        return next((index for index in candidates if self._in_flight[index] + 1 <= ceil(bound)), candidates[0])
-
-    def _leave_out(self, index: int, error: EngineError) -> None:
-        if index not in self._down:
-            self.on_status(f"engine {index} is left out: {error.problem}")
-            logger.warning("engine %d of %d is left out: %s", index, len(self._engines), error.problem)
-            self._down[index] = asyncio.create_task(self._bring_back(index))
-
-    async def _bring_back(self, index: int) -> None:
-        """Take the engine in again once it answers and has the weights that the others have."""
-        engine = self._engines[index]
-        while True:
-            await asyncio.sleep(_RETURN_EVERY_S)
-            try:
-                async with self._changing:
-                    await engine.load_metrics()
-                    if self._published is not None:
-                        await engine.load(self._published)
-                    del self._down[index]
-            except EngineError as error:
-                logger.debug("engine %d is still out: %s", index, error.problem)
-            else:
-                logger.warning("engine %d is back", index)
-                return
+    def _asked(self) -> list[Member]:
+        return [member for member in self.health if self._caretaker.is_askable(member)]

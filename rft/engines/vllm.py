@@ -26,9 +26,10 @@ from rft.config import ModelConfig, VllmEngineConfig
 from rft.engines import Completion, EngineLoad, PublishedWeights, SamplingParams
 from rft.engines.gate import Gate
 from rft.engines.launch import ServerProcess
+from rft.engines.lifetime import Lifetime, read_gauges, read_load
 from rft.engines.transfer import Transfer, Transport
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
-from rft.errors import EngineError
+from rft.errors import EngineBehindError, EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ _FIRST_WAIT_S = 0.25  # doubled per attempt
 _DEATH_WAIT_S = 5.0  # a server whose engine died answers 500 first and ends a moment later
 _CONTROL_TIMEOUT_S = 60.0  # loading weights from disk
 _NUM_KEPT_ADAPTERS = 2
+
+
+class _RefusedError(EngineError):
+    """The server answered with a 4xx: it is there, and the same request would be refused again."""
 
 
 class VllmEngine:
@@ -70,6 +75,8 @@ class VllmEngine:
         self._gate = Gate()
         self._transport = transport
         self._transfer: Transfer | None = None
+        self._lifetime = Lifetime()
+        self._has_loaded = self._has_lost_weights = False
 
     async def start(self) -> None:
         """Launch the server, or reach the given one, and check that it serves what the config says.
@@ -127,10 +134,15 @@ class VllmEngine:
     async def _complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The server's reply and the policy version it was sampled from."""
         async with self._limit, self._gate.request():
+            self._check_weights()
             version, body["model"] = self.policy_version, self._model_name
             adapter = self._adapters.get(self._model_name)
             async with adapter.request() if adapter else nullcontext():
-                return await self._post("/v1/completions", body), version
+                reply = await self._post("/v1/completions", body)
+            if self._lifetime.is_doubtful:
+                await self.load_metrics()
+            self._check_weights()
+            return reply, version
 
     async def score(self, ids: list[int], start: int) -> list[float]:
         """Log-probabilities at temperature 1 of `ids[start:]`; start >= 1, len(ids) < max_model_len.
@@ -162,6 +174,7 @@ class VllmEngine:
                 await self._reload(weights)
                 await self._forget_old_weights()
                 self.policy_version = weights.version
+        self._has_loaded, self._has_lost_weights = True, False
 
     async def _reload(self, weights: PublishedWeights) -> None:
         if weights.kind == "transfer":
@@ -197,13 +210,24 @@ class VllmEngine:
                 del self._adapters[oldest]
 
     async def load_metrics(self) -> EngineLoad:
-        values = _gauges((await self._send("GET", "/metrics")).decode())
-        num_running = int(values.get("vllm:num_requests_running", 0))
-        return EngineLoad(
-            num_running=num_running,
-            num_waiting=max(int(values.get("vllm:num_requests_waiting", 0)), self._num_asked - num_running),
-            kv_cache_use=values.get("vllm:kv_cache_usage_perc", 0.0),
-        )
+        """What the server says of itself. Raises EngineBehindError when it was restarted and has lost its weights."""
+        try:
+            values = read_gauges((await self._send("GET", "/metrics")).decode())
+        except _RefusedError:  # what stands before the servers may keep them from saying
+            values = {}
+        if not self._lifetime.look(values) and self._has_loaded:
+            self._has_lost_weights, self.policy_version = True, -1
+            self._model_name = self._base_name
+            self._adapters.clear()
+        self._check_weights()
+        return read_load(values, self._num_asked)
+
+    def _check_weights(self) -> None:
+        if self._has_lost_weights:
+            raise EngineBehindError(
+                f"{self._url or 'the vLLM server'} was restarted and has its first weights again",
+                cure="continue with --resume",
+            )
 
     async def close(self) -> None:
         """End a launched server and all its processes; a given one is left alone."""
@@ -237,6 +261,7 @@ class VllmEngine:
         try:
             async with asyncio.timeout(timeout_s):
                 for attempt in range(1, num_attempts + 1):
+                    self._lifetime.ask()
                     try:
                         async with self._http.request(method, path.lstrip("/"), json=body) as response:
                             content = await response.read()
@@ -245,6 +270,7 @@ class VllmEngine:
                         failure = f"{type(error).__name__} {error}".strip()
                     else:
                         if response.ok:
+                            self._lifetime.hear()
                             return content
                         failure = await self._failure(path, response.status, content)
                     if attempt < num_attempts:
@@ -267,7 +293,7 @@ class VllmEngine:
         if status >= 500:
             await self._check_alive(_DEATH_WAIT_S if status == 500 else 0.0)
             return text
-        raise EngineError(
+        raise _RefusedError(
             f"{self._place}{path} refused a request: {text}",
             cure="check engine.args; what rft gives a server it launches is in rft/engines/vllm_server.py",
         )
@@ -315,14 +341,3 @@ def _completion(choice: dict[str, Any], version: int) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise EngineError(f"the server ended a request early: {choice['finish_reason']}", retryable=True)
     return Completion(ids, logprobs["token_logprobs"], finish, version)  # type: ignore[arg-type]
-
-
-def _gauges(text: str) -> dict[str, float]:
-    """Prometheus text -> value per metric name, summed over labels."""
-    values: dict[str, float] = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            series, _, value = line.rpartition(" ")
-            name = series.partition("{")[0]
-            values[name] = values.get(name, 0.0) + float(value)
-    return values
