@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rft.config import RunConfig
 from rft.engines import build_engine
+from rft.engines.pool import EnginePool
 from rft.engines.remote import Sampler
 from rft.envs import Environment, build_environment
 from rft.envs.http import HttpEnvironment
@@ -65,6 +66,11 @@ async def build_parts(
         on_note(note)
     engine = engine if engine is not None else build_engine(config, store.engine_log)
     stack.push_async_callback(engine.close)
+    if isinstance(engine, EnginePool):
+        if environment is not None:
+            engine.outages = environment.outages  # the time of a rollout stands still while either is away
+        else:
+            engine.outages.on_change = on_note
     main = graders.pop("grader")
     shadows = dict(zip(config.shadow_graders, graders.values(), strict=True))
     return Parts(engine, environment, main, shadows, judges)

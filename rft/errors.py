@@ -57,6 +57,10 @@ class EngineError(WorldError):
     stop_reason = StopReason.ENGINE_FAILED
 
 
+class EngineAwayError(EngineError):
+    """Nothing answers where a server was: it may come back, with the weights that it was started with."""
+
+
 class ToolError(WorldError):
     """A tool endpoint failed in a way the model must not see (5xx, transport) after all retries."""
 

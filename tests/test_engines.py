@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import pytest
@@ -33,7 +33,7 @@ from rft.engines.launch import ServerProcess, launch, make_scratch
 from rft.engines.transformers import TransformersEngine
 from rft.engines.vllm import VllmEngine
 from rft.engines.vllm_server import server_command, wait_until_ready
-from rft.errors import EngineError
+from rft.errors import EngineAwayError, EngineError
 from tests.tiny import tiny_model_folder
 
 T = TypeVar("T")
@@ -327,12 +327,14 @@ class FaultyVllm:
     """A server on loopback that answers `/v1/completions` with each of `replies` in turn, the last one for ever.
 
     A reply is an HTTP status, "drop" (the connection is closed), "hang", or "wait" for a 200 once `gate` is set; 200
-    comes with a completion of one id. `adapters`: what was asked of adapters, in order.
+    comes with a completion of one id. `adapters`: what was asked of adapters, in order; `reloads`: the folders that it
+    was told to load.
     """
 
     def __init__(self, *replies: int | str) -> None:
         self.replies, self.bodies, self.url = list(replies), list[dict[str, Any]](), ""
         self.adapters: list[str] = []
+        self.reloads: list[str] = []
         self.gate = asyncio.Event()
 
     async def __aenter__(self) -> FaultyVllm:
@@ -352,6 +354,10 @@ class FaultyVllm:
             if "/completions" in head:
                 self.bodies.append(body)
                 reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+            if "/metrics" in head:
+                reply = "empty"
+            if "/collective_rpc" in head:
+                self.reloads.append(body["kwargs"]["weights_path"])
             if "_lora_adapter" in head:
                 self.adapters.append(f"{'unload' if '/unload' in head else 'load'} {body['lora_name']}")
             if reply == "wait":
@@ -359,6 +365,9 @@ class FaultyVllm:
                 reply = 200
             if reply == "hang":
                 await reader.read()
+            elif reply == "empty":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                await writer.drain()
             elif reply != "drop":
                 choice = {"token_ids": [4], "logprobs": {"token_logprobs": [-1.5]}, "finish_reason": "stop"}
                 content = json.dumps({"data": [{"id": "m", "max_model_len": 64}], "choices": [choice]}).encode()
@@ -418,10 +427,42 @@ def test_request_shapes_nothing_but_the_temperature() -> None:
     assert body["model"] == "m" and body["ignore_eos"] and "seed" not in body
 
 
-@pytest.mark.parametrize("fault", ["drop", 503, 500])
+@pytest.mark.parametrize("fault", [503, 500])
 def test_passing_fault_is_retried(fault: int | str) -> None:
     completion, bodies = ask_faulty(fault, 200)
     assert completion.ids == [4] and len(bodies) == 2
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_given_server_that_was_away_gets_its_weights_before_it_is_sampled_from(
+    kind: Literal["merged", "adapter"], tmp_path: Path
+) -> None:
+    """It may have been started anew: it knows no adapter then, and computes with its first weights."""
+
+    async def story() -> FaultyVllm:
+        async with FaultyVllm("drop", 200) as server:
+            config = VllmEngineConfig(max_model_len=64, request_timeout_s=20.0)
+            engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"), 8, url=server.url)
+            try:
+                await engine.start()
+                weights = PublishedWeights(1, tmp_path / "v1", kind)
+                await engine.load(weights)
+                for problem in ("Server disconnected", "has not got its weights again"):
+                    with pytest.raises(EngineAwayError, match=problem):
+                        await engine.generate([1, 2], sampling(stop=(4,)), "trace_1")
+                await engine.load_metrics()
+                with pytest.raises(EngineAwayError, match="has not got its weights again"):
+                    await engine.score([1, 2], 1)
+                assert len(server.bodies) == 1
+                await engine.load(weights)
+                assert (await engine.generate([1, 2], sampling(stop=(4,)), "trace_1")).policy_version == 1
+                return server
+            finally:
+                await engine.close()
+
+    server = asyncio.run(asyncio.wait_for(story(), 20))
+    assert server.adapters == ["load m-v000001"] * (2 if kind == "adapter" else 0)
+    assert len(server.reloads) == (0 if kind == "adapter" else 2) and len(server.bodies) == 2
 
 
 @pytest.mark.slow

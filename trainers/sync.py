@@ -127,8 +127,10 @@ class Sync:
         sequences = [ids[-limit:] for ids in prompts if len(ids) > 1]
         if not sequences:
             raise ValueError("a probe needs at least one sequence of two ids")
-        members = engine.members if isinstance(engine, EnginePool) else [engine]
-        results = [await self._probe_one(policy, member, sequences) for member in members]
+        if isinstance(engine, EnginePool):
+            results = await engine.each(lambda member: self._probe_one(policy, member, sequences))
+        else:
+            results = [await self._probe_one(policy, engine, sequences)]
         return ProbeResult(max(result.mean_gap for result in results), max(result.max_gap for result in results))
 
     async def _probe_one(self, policy: PublishedPolicy, engine: Engine, sequences: list[list[int]]) -> ProbeResult:

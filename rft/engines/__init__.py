@@ -114,6 +114,7 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
     if config.engine.type == "vllm":
         from rft.engines.pool import EnginePool
         from rft.engines.vllm import VllmEngine
+        from rft.wire import safe_url
 
         rank = max_lora_rank(config)
         urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
@@ -121,7 +122,9 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
         engines = [
             VllmEngine(config.engine, config.model, log_path, rank, url=url, transport=transport) for url in urls
         ]
-        return engines[0] if len(engines) == 1 else EnginePool(engines)
+        if urls[0] is None or transport is not None:  # a server of ours ends with us; transfer cannot begin anew
+            return engines[0]
+        return EnginePool(engines, [safe_url(str(url)) for url in urls], config.engine.outage_limit_s)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from rft.engines.gate import Gate
 from rft.engines.launch import ServerProcess
 from rft.engines.transfer import Transfer, Transport
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
-from rft.errors import EngineError
+from rft.errors import EngineAwayError, EngineError
+from rft.wire import watched_socket
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ _MAX_ATTEMPTS = 4
 _FIRST_WAIT_S = 0.25  # doubled per attempt
 _DEATH_WAIT_S = 5.0  # a server whose engine died answers 500 first and ends a moment later
 _CONTROL_TIMEOUT_S = 60.0  # loading weights from disk
+_LOOK_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 5.0
 _NUM_KEPT_ADAPTERS = 2
 
 
@@ -70,6 +74,9 @@ class VllmEngine:
         self._gate = Gate()
         self._transport = transport
         self._transfer: Transfer | None = None
+        self._is_given = url is not None and transport is None
+        self._has_ours = False  # it was told to load weights
+        self._is_lost = False  # it was away: whatever answers next may have other weights than we gave it
 
     async def start(self) -> None:
         """Launch the server, or reach the given one, and check that it serves what the config says.
@@ -127,6 +134,7 @@ class VllmEngine:
     async def _complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """The server's reply and the policy version it was sampled from."""
         async with self._limit, self._gate.request():
+            self._check_lost()
             version, body["model"] = self.policy_version, self._model_name
             adapter = self._adapters.get(self._model_name)
             async with adapter.request() if adapter else nullcontext():
@@ -141,6 +149,7 @@ class VllmEngine:
             raise ValueError(f"cannot score {len(ids)} ids from {start}: the context is {self.max_model_len}")
         body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, **PLAIN_SAMPLING}
         async with self._limit, self._gate.request():
+            self._check_lost()
             reply = await self._post("/v1/completions", body | {"model": self._model_name})
         positions = reply["choices"][0]["prompt_logprobs"]
         return [positions[index][str(ids[index])]["logprob"] for index in range(start, len(ids))]
@@ -153,15 +162,18 @@ class VllmEngine:
         told to make it anew (vllm_worker.py), with a given one the probe stops a run that trains the head. `adapter`
         registers the folder under a new name; requests in flight finish on the version they started with. Only where
         some still sample from the version before the last are they waited for: a server holds no more than that.
-        `transfer` waits like `merged` and takes the tensors from the trainer's memory.
+        `transfer` waits like `merged` and takes the tensors from the trainer's memory. A given server that was away is
+        sampled from again once this has succeeded.
         """
         if weights.kind == "adapter":
             await self._load_adapter(weights)
+            self._has_ours, self._is_lost = True, False
         else:
             async with self._gate.load(self._config.request_timeout_s):
                 await self._reload(weights)
                 await self._forget_old_weights()
                 self.policy_version = weights.version
+                self._has_ours, self._is_lost = True, False
 
     async def _reload(self, weights: PublishedWeights) -> None:
         if weights.kind == "transfer":
@@ -170,7 +182,8 @@ class VllmEngine:
             await self._transfer.send(weights.tensors())
         else:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
-            await self._post_once("/collective_rpc", reload, _CONTROL_TIMEOUT_S)
+            with self._shared(weights.path):
+                await self._post_once("/collective_rpc", reload, _CONTROL_TIMEOUT_S)
 
     async def _forget_old_weights(self) -> None:
         """What the server derived from the weights it had: copies of the output head, cached prefixes."""
@@ -186,8 +199,12 @@ class VllmEngine:
 
     async def _load_adapter(self, weights: PublishedWeights) -> None:
         name = f"{self._base_name}-v{weights.version:06d}"
+        if self._is_lost:
+            self._adapters.clear()  # a server that was started anew knows none of them
         if name not in self._adapters:
-            await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(weights.path.resolve())})
+            body = {"lora_name": name, "lora_path": str(weights.path.resolve()), "load_inplace": self._is_lost}
+            with self._shared(weights.path):
+                await self._post("/v1/load_lora_adapter", body)
             self._adapters[name] = Gate()
         self._model_name, self.policy_version = name, weights.version
         while len(self._adapters) > _NUM_KEPT_ADAPTERS:
@@ -196,8 +213,23 @@ class VllmEngine:
                 await self._post("/v1/unload_lora_adapter", {"lora_name": oldest})
                 del self._adapters[oldest]
 
+    @contextmanager
+    def _shared(self, path: Path) -> Iterator[None]:
+        """A given server that refuses weights mostly does not see them: it is on another machine."""
+        try:
+            yield
+        except EngineError as error:
+            if self._url is None or error.retryable or isinstance(error, EngineAwayError):
+                raise
+            cure = (
+                f"{path.resolve().parent} must be there on the server's machine too, at this path: set runs_dir to a"
+                " folder of a shared file system; where it is one, read the server's log"
+            )
+            raise EngineError(f"the weights did not arrive: {error.problem}", cure=cure) from error
+
     async def load_metrics(self) -> EngineLoad:
-        values = _gauges((await self._send("GET", "/metrics")).decode())
+        values = _gauges((await self._send("GET", "/metrics", timeout_s=_LOOK_TIMEOUT_S, num_attempts=1)).decode())
+        self._is_lost &= self._has_ours  # a server that never got weights from us has its own again
         num_running = int(values.get("vllm:num_requests_running", 0))
         return EngineLoad(
             num_running=num_running,
@@ -231,7 +263,11 @@ class VllmEngine:
         timeout_s: float = _CONTROL_TIMEOUT_S,
         num_attempts: int = _MAX_ATTEMPTS,
     ) -> bytes:
-        """One request within `timeout_s`, tried again when the connection or the server fails; the 2xx reply."""
+        """One request within `timeout_s`, tried again when the connection or the server fails; the 2xx reply.
+
+        Raises EngineAwayError when the connection to a given server fails: it is not tried again here, for the server
+        that answers next may have been started anew, with other weights.
+        """
         if self._http is None:
             raise EngineError("the engine has not been started", cure="await engine.start() first")
         try:
@@ -243,6 +279,9 @@ class VllmEngine:
                     except (aiohttp.ClientError, OSError) as error:
                         await self._check_alive(0.5)
                         failure = f"{type(error).__name__} {error}".strip()
+                        if self._is_given:
+                            self._is_lost = True
+                            raise self._away(f"{path}: {failure}") from error
                     else:
                         if response.ok:
                             return content
@@ -260,6 +299,14 @@ class VllmEngine:
             f"{self._place}{path} failed {num_attempts} times, last: {failure}",
             cure="check that the server runs and engine.url is right" if self._url else f"read {self._log_path}",
         )
+
+    def _away(self, why: str) -> EngineAwayError:
+        cure = "check that the server runs, that the network is up, and that engine.url is right"
+        return EngineAwayError(f"{self._place} cannot be reached ({why})", cure=cure)
+
+    def _check_lost(self) -> None:
+        if self._is_lost:
+            raise self._away("it was away, and has not got its weights again yet")
 
     async def _failure(self, path: str, status: int, content: bytes) -> str:
         """What a reply that is no success says; raises when trying again is useless."""
@@ -302,9 +349,10 @@ def _session(url: str | None, server: ServerProcess | None) -> aiohttp.ClientSes
             str(server.scratch / "s"), limit=0, keepalive_timeout=4
         )
     else:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, socket_factory=watched_socket)
     base_url = (url or "http://engine").rstrip("/").removesuffix("/v1") + "/"
-    return aiohttp.ClientSession(base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None, connect=30))
+    timeout = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=_CONNECT_TIMEOUT_S)
+    return aiohttp.ClientSession(base_url, connector=connector, timeout=timeout)
 
 
 def _completion(choice: dict[str, Any], version: int) -> Completion:
