@@ -318,7 +318,7 @@ def test_a_window_has_one_gradient_however_it_is_split(tmp_path, loss, staleness
         found.append(sum(gradients(policy, rank) for rank in ranks))
     assert found[0].abs().max() > 0
     for other in found[1:-1]:
-        assert (other - found[0]).norm() / found[0].norm() < 1e-5  # float32 sums in another order
+        assert (other - found[0]).norm() / found[0].norm() < 2e-6  # float32 sums in another order
     assert (found[-1] - found[0]).norm() / found[0].norm() < 1e-5, "the plain layout has other kernels"
 
 
