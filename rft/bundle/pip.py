@@ -40,9 +40,9 @@ async def pip(command: str, *arguments: str, limit_s: float) -> tuple[int, str]:
 
 def check_pip() -> None:
     """Raises UserError where this Python has no pip."""
-    from importlib.util import find_spec
+    from importlib.machinery import PathFinder
 
-    if find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # importlib.util's would switch off setuptools' own distutils for good
         raise UserError("this Python has no pip", where=sys.executable, cure="run `python -m ensurepip`, then again")
 
 
