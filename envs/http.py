@@ -130,7 +130,7 @@ class HttpEnvironment:
         await self._http.close()
 
     async def post(self, tool: HttpToolConfig, call_id: str, body: bytes) -> Reply:
-        """Send one call; the same again, once the server is back, when nothing listens there any more.
+        """Send one call; the same again, once the server is back, when it cannot be reached any more.
 
         Raises ToolError when the server failed for good, NoProgressError when it stays away too long.
         """
@@ -140,11 +140,12 @@ class HttpEnvironment:
             try:
                 return await self._send(tool, call_id, body)
             except WireError as error:
-                failure = ToolError(f"tool {tool.name}: {error.problem}")
-                if not error.is_unreachable:
-                    break
-            if await connection_problem(url) is not None:  # else it came back while we gave up
+                failure, was_unreachable = ToolError(f"tool {tool.name}: {error.problem}"), error.is_unreachable
+            # whatever the last attempt met: a server that is gone, or cut off, in the middle of a call gives no answer
+            if await connection_problem(url) is not None:
                 self.outages.report(safe_url(url), partial(connection_problem, url))
+            elif not was_unreachable:  # else it came back while we gave up
+                break
         raise failure
 
     async def _send(self, tool: HttpToolConfig, call_id: str, body: bytes) -> Reply:
