@@ -1,4 +1,4 @@
-"""Endpoints that are down: who waits for them, how long, and what is said.
+"""Endpoints that are down, tools or engines: who waits for them, how long, and what is said.
 
 While an endpoint is down, calls to it wait instead of failing, no new rollout starts, and the time limits of rollouts
 stand still. When it answers again, everything goes on; when it stays away too long, the run ends with the cause.
@@ -11,12 +11,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from rft.errors import ToolsDownError
+from rft.errors import ToolsDownError, WorldError
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PROBE_S, _MAX_PROBE_S = 0.5, 10.0  # between two looks, doubled each time
+
+
+@dataclass(frozen=True, slots=True)
+class OutageLimit:
+    """How long an endpoint may be down, the field of the config that says so, and what is raised beyond it."""
+
+    seconds: float = 600.0
+    field: str = "environment.outage_limit_s"
+    error: type[WorldError] = ToolsDownError
 
 
 class Outages:
@@ -24,9 +34,9 @@ class Outages:
 
     def __init__(self, limit_s: float = 600.0) -> None:
         self.on_change: Callable[[str], None] = logger.warning
-        self._limit_s = limit_s
+        self._limit = OutageLimit(limit_s)
         self._down: dict[str, asyncio.Task[None]] = {}  # endpoint -> who looks after it
-        self._failure: ToolsDownError | None = None
+        self._failure: WorldError | None = None
         self._changed = asyncio.Condition()
         self._timers: dict[asyncio.Timeout, float] = {}  # a rollout's time limit -> seconds left when it was stopped
 
@@ -36,20 +46,24 @@ class Outages:
         return list(self._down)
 
     async def none(self) -> None:
-        """Wait until nothing is down. Raises ToolsDownError when something stays down too long."""
+        """Wait until nothing is down. Raises what its limit names when something stays down too long."""
         await self._wait(lambda: not self._down)
 
     async def over(self, place: str) -> None:
         """Wait until `place` is up; at once when it is. Raises as `none` does."""
         await self._wait(lambda: place not in self._down)
 
-    def report(self, place: str, probe: Callable[[], Awaitable[str | None]]) -> None:
-        """`place` is down: look at it with `probe` (None: it is up) until it is back."""
+    def report(self, place: str, probe: Callable[[], Awaitable[str | None]], limit: OutageLimit | None = None) -> None:
+        """`place` is down: look at it with `probe` (None: it is up) until it is back.
+
+        limit: another than that of the tools.
+        """
         if place not in self._down and self._failure is None:
             if not self._down:
                 self._stop_timers()
-            self._down[place] = asyncio.create_task(self._watch(place, probe))
-            self.on_change(f"{place} is down: sampling pauses until it is back, at most {self._limit_s:.0f} s")
+            limit = limit or self._limit
+            self._down[place] = asyncio.create_task(self._watch(place, probe, limit))
+            self.on_change(f"{place} is down: sampling pauses until it is back, at most {limit.seconds:.0f} s")
 
     @contextmanager
     def patience(self, timer: asyncio.Timeout) -> Iterator[None]:
@@ -74,19 +88,19 @@ class Outages:
         if self._failure is not None:
             raise self._failure
 
-    async def _watch(self, place: str, probe: Callable[[], Awaitable[str | None]]) -> None:
+    async def _watch(self, place: str, probe: Callable[[], Awaitable[str | None]], limit: OutageLimit) -> None:
         started, pause_s, problem = time.monotonic(), _FIRST_PROBE_S, ""
         try:
-            while (down_s := time.monotonic() - started) < self._limit_s:
-                await asyncio.sleep(min(pause_s, self._limit_s - down_s))
+            while (down_s := time.monotonic() - started) < limit.seconds:
+                await asyncio.sleep(min(pause_s, limit.seconds - down_s))
                 pause_s = min(_MAX_PROBE_S, 2 * pause_s)
                 problem = await probe() or ""
                 if not problem:
                     self.on_change(f"{place} is back after {time.monotonic() - started:.0f} s: sampling goes on")
                     return
-            self._failure = ToolsDownError(
-                f"{place} was down for {self._limit_s:.0f} s: {problem}",
-                cure="start it, then continue with --resume; or raise environment.outage_limit_s",
+            self._failure = limit.error(
+                f"{place} was down for {limit.seconds:.0f} s: {problem}",
+                cure=f"start it, then continue with --resume; or raise {limit.field}",
             )
         finally:
             del self._down[place]

@@ -250,13 +250,13 @@ class Collector:
 
     @asynccontextmanager
     async def _slot_for(self, attempt: Attempt) -> AsyncIterator[None]:
-        """A place among the rollouts in flight, once none of the tools' servers is down."""
+        """A place among the rollouts in flight, once no server of tools is down and an engine is there."""
         with self.workshop.waits.on(attempt.id, attempt.item.id, "slot"):
             await self.slots.acquire(attempt.step)
         try:
-            if self.workshop.environment is not None:
+            if (outages := self.workshop.outages) is not None:
                 with self.workshop.waits.on(attempt.id, attempt.item.id, "outage"):
-                    await self.workshop.environment.outages.none()
+                    await outages.none()
             yield
         finally:
             self.slots.release()

@@ -19,6 +19,7 @@ from rft.assembly import Parts, build_parts
 from rft.chat import Chat
 from rft.collect import Collector
 from rft.config import RunConfig
+from rft.engines.pool import outages_of
 from rft.engines.remote import Sampler
 from rft.errors import Paused, RftError
 from rft.progress import Display
@@ -143,7 +144,7 @@ def check_parts(job: Job, engine: Sampler | None = None) -> Parts:
     """Tools and graders that answer, and an engine that has not been started: by default the config's."""
     with job.display.phase("checking tools and graders", keep=False):
         parts = job.watchdog.run(build_parts(job.config, job.store, job.stack, job.note, engine))
-    outages = parts.environment.outages if parts.environment else None
+    outages = outages_of(parts.engine, parts.environment)
     job.watchdog.attach(parts.engine, outages, job.config.stall_limit_s)
     return parts
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from rft.chat import Chat, tool_message
 from rft.config import RolloutConfig
+from rft.engines.pool import outages_of
 from rft.engines.remote import RemoteModel, Sampler
 from rft.envs import Environment, Session
+from rft.envs.outage import Outages
 from rft.episode import Episode, an_episode
 from rft.errors import EngineError, GraderError, WorldError, attribute, first_cause
 from rft.graders import Grader
@@ -49,6 +51,11 @@ class Workshop:
     limits: RolloutConfig
     max_model_len: int
     waits: Waits = field(default_factory=Waits)
+
+    @property
+    def outages(self) -> Outages | None:
+        """What is down of the tools and the engines; None where nothing can be."""
+        return outages_of(self.engine, self.environment)
 
 
 @dataclass(slots=True)
@@ -106,7 +113,7 @@ def _record(
 async def _converse_within_limit(attempt: Attempt, workshop: Workshop, conversation: _Conversation) -> StopReason:
     try:
         async with asyncio.timeout(workshop.limits.time_limit_s) as timer:
-            with workshop.environment.outages.patience(timer) if workshop.environment else nullcontext():
+            with workshop.outages.patience(timer) if workshop.outages else nullcontext():
                 return await _converse(attempt, workshop, conversation)
     except TimeoutError:
         return StopReason.TIME_LIMIT

@@ -14,6 +14,8 @@ import asyncio
 import json
 import random
 import resource
+import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from rft.errors import WorldError
 
 MAX_BODY_BYTES = 1_000_000
 _CONNECT_TIMEOUT_S = 5.0
+_SILENCE_S = 15  # of a peer's machine, not of its program, after which a connection counts as broken
 _KEEPALIVE_S = 4.0  # dropped before a server with default settings (5 s) closes it under us
 _OTHER_FILES = 256  # that the process has open besides
 _BURST_S = 0.1
@@ -112,7 +115,9 @@ class Client:
         if self._socket is not None:
             connector = aiohttp.UnixConnector(str(self._socket), limit=self._limit, keepalive_timeout=_KEEPALIVE_S)
         else:
-            connector = aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=_KEEPALIVE_S)
+            connector = aiohttp.TCPConnector(
+                limit=self._limit, keepalive_timeout=_KEEPALIVE_S, socket_factory=watched_socket
+            )
         return aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -129,6 +134,24 @@ def available_connections(wanted: int) -> int:
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_FILES))
+
+
+def watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A TCP socket that breaks when the other machine, or the way to it, is gone: nobody says so, and a request that
+    waits for its answer would wait for its whole deadline. A machine that answers slowly is waited for.
+    """
+    family, kind, protocol = address[:3]
+    watched = socket.socket(family, kind, protocol)
+    watched.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        for option, value in (
+            (socket.TCP_KEEPIDLE, _SILENCE_S - 9),
+            (socket.TCP_KEEPINTVL, 3),
+            (socket.TCP_KEEPCNT, 3),
+            (socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000),
+        ):
+            watched.setsockopt(socket.IPPROTO_TCP, option, value)
+    return watched
 
 
 def rate_limiter(rate_limit: float | None) -> Callable[[], Awaitable[None]] | None:

@@ -46,7 +46,9 @@ def test_a_dead_tool_takes_its_consequences(tmp_path: Path) -> None:
     error = "9 rollouts of step 9 were discarded; the last ended with tool_failed: tool search: HTTP 500"
     state = {"status": "failed", "error": error}
     back = "http://x/search is back after 40 s: sampling goes on"
-    (finding,) = diagnose(a_store(tmp_path, rows, failing_tool, state=state, messages=(down, back))).findings
+    engine = [text.replace("http://x/search", "the engine http://x").replace("40", "99") for text in (down, back)]
+    messages = (down, back, *engine)  # that of an engine is none of a tool
+    (finding,) = diagnose(a_store(tmp_path, rows, failing_tool, state=state, messages=messages)).findings
     assert (finding.check, finding.severity, finding.weight) == ("dead_tool", "high", 1.0)
     assert "was down 1 times, 40 s in all" in finding.evidence and finding.numbers["down_s"] == 40
     assert "It also explains: " in finding.evidence and "the tools ended the run" in finding.evidence

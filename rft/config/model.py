@@ -57,6 +57,7 @@ class VllmEngineConfig(Config):
     gpu_memory_share: float = Field(0.45, gt=0, le=1)
     start_timeout_s: float = Field(300.0, gt=0)
     request_timeout_s: float = Field(300.0, gt=0)
+    outage_limit_s: float = Field(600.0, gt=0, description="how long all servers of `url` may be away before it ends")
     args: list[str] = Field(default_factory=list, description="further flags of the server, passed on unchanged")
 
 

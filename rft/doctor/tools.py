@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from rft.doctor.case import Case, ids_of, mean, span, words
 from rft.doctor.ending import error_kind
 from rft.doctor.finding import Finding, Severity
+from rft.engines.pool import OUR_PLACE
 from rft.types import Rollout, StopReason, ToolCall, ToolResult
 
 MIN_CALLS = 8  # fewer say nothing about a share
@@ -131,6 +132,7 @@ def _steps_with(case: Case, name: str) -> tuple[int, int] | None:
 def _outages(case: Case) -> tuple[list[str], float]:
     """What was down, once per outage, and for how many seconds in all as far as it came back."""
     messages = [str(event.get("message", "")) for event in case.events]
+    messages = [text for text in messages if not text.startswith(OUR_PLACE)]
     down = [words(text.partition(_DOWN)[0], 2 * _MAX_NAME) for text in messages if _DOWN in text]
     return down, sum(float(found.group(1)) for text in messages if (found := _BACK.search(text)))
 
