@@ -114,7 +114,7 @@ class SamplingLeader(Leader):
         sampling = self.pipeline.sampling
         prompts = [self.first_prompt(item) for item in sampling.items["train"][:_PROBE_SEQUENCES]]
         run = sampling.watchdog.run
-        if first_step > 1 or self.config.model.init_from is not None:
+        if first_step > 1 or self.config.model.init_from is not None or self._has_given_engine():
             run(self.engine.load(self.sync.publish(policy, first_step - 1)))
         run(self.sync.probe(policy, self.engine, prompts))
         due = first_step == 1 or (first_step - 1) % self.config.evaluation.every == 0
@@ -122,6 +122,11 @@ class SamplingLeader(Leader):
             self.evaluate("validation", first_step - 1)
         if first_step == 1:
             self.evaluate("test", 0)
+
+    def _has_given_engine(self) -> bool:
+        """It may still have the weights of another run; and whether it sees ours is said before anything is sampled."""
+        engine = self.config.engine
+        return engine.type == "vllm" and engine.url is not None
 
     def groups(self, step: int) -> list[Group]:
         groups = self.pipeline.groups(step)
