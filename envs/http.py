@@ -137,6 +137,7 @@ class HttpEnvironment:
         url = self._url(tool)
         for _ in range(_MAX_OUTAGES):
             await self.outages.over(safe_url(url))
+            num_outages = self.outages.num_reported
             try:
                 return await self._send(tool, call_id, body)
             except WireError as error:
@@ -144,7 +145,7 @@ class HttpEnvironment:
             # whatever the last attempt met: a server that is gone, or cut off, in the middle of a call gives no answer
             if await connection_problem(url) is not None:
                 self.outages.report(safe_url(url), partial(connection_problem, url))
-            elif not was_unreachable:  # else it came back while we gave up
+            elif not was_unreachable and self.outages.num_reported == num_outages:  # else it came back while we gave up
                 break
         raise failure
 

@@ -34,6 +34,7 @@ class Outages:
 
     def __init__(self, limit_s: float = 600.0) -> None:
         self.on_change: Callable[[str], None] = logger.warning
+        self.num_reported = 0  # so far: who fails can tell that something was down meanwhile
         self._limit = OutageLimit(limit_s)
         self._down: dict[str, asyncio.Task[None]] = {}  # endpoint -> who looks after it
         self._failure: WorldError | None = None
@@ -62,6 +63,7 @@ class Outages:
             if not self._down:
                 self._stop_timers()
             limit = limit or self._limit
+            self.num_reported += 1
             self._down[place] = asyncio.create_task(self._watch(place, probe, limit))
             self.on_change(f"{place} is down: sampling pauses until it is back, at most {limit.seconds:.0f} s")
 

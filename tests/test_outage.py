@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fakes import FaultyToolServer
+from fakes import FaultyToolServer, ScriptedServer
 from test_collect import a_collector
 from test_rollout import CALL, a_workshop, an_item, say
 
@@ -35,8 +36,8 @@ def port() -> int:
         return server.port
 
 
-def an_environment(port: int, said: Said, **fields: Any) -> HttpEnvironment:
-    tool = {"name": "search", "server_url": f"http://127.0.0.1:{port}/", "timeout_s": 5, "max_attempts": 2}
+def an_environment(port: int, said: Said, max_attempts: int = 2, **fields: Any) -> HttpEnvironment:
+    tool = {"name": "search", "server_url": f"http://127.0.0.1:{port}/", "timeout_s": 5, "max_attempts": max_attempts}
     config = HttpEnvironmentConfig.model_validate({"tools": [tool], **fields})
     environment = HttpEnvironment(config, retry=RetryPolicy(first_wait_s=0.01))
     environment.outages.on_change = said.add
@@ -124,6 +125,37 @@ def test_time_runs_on_after_an_outage(port: int) -> None:
             await environment.close()
 
     assert [rollout.stop_reason for rollout in asyncio.run(story())] == [StopReason.TIME_LIMIT] * 2
+
+
+@pytest.mark.parametrize("has_outage", [True, False])
+def test_a_call_that_broke_during_an_outage_is_made_again(has_outage: bool) -> None:
+    """Also when the server is back before this call has looked: another one saw that it was gone."""
+
+    async def story(server: ScriptedServer) -> list[Rollout]:
+        environment = an_environment(server.port, Said(), max_attempts=1)
+        try:
+            collecting = asyncio.create_task(collect(workshop(environment), 1))
+            async with asyncio.timeout(10):
+                while not server.requests:  # noqa: ASYNC110 (of another thread)
+                    await asyncio.sleep(0.01)
+            if has_outage:
+                environment.outages.report(f"{server.base_url}/", is_up)
+            return (await collecting)[1]
+        finally:
+            await environment.close()
+
+    async def is_up() -> None:
+        return None
+
+    def answer(number: int, body: dict[str, Any]) -> tuple[int, Any] | None:
+        return (200, {"output": "ok"}) if number > 1 else None
+
+    with ScriptedServer(answer, delay_s=0.5) as server:
+        seen = asyncio.run(story(server))
+    counts = Counter(request["call_id"] for request in server.requests)
+    num_discarded = sum(rollout.stop_reason.is_discarded for rollout in seen)
+    assert num_discarded == (0 if has_outage else 2), "each first call of both rollouts breaks"
+    assert sorted(counts.values()) == ([2, 2] if has_outage else [1, 1, 1, 1])
 
 
 def test_closing_ends_the_wait(port: int) -> None:
