@@ -22,7 +22,7 @@ from pathlib import Path
 from rft.supervise import supervised
 
 DEADLINE_S = 60.0
-PROGRAMS = ("ip", "unshare", "nsenter", "mount")
+PROGRAMS = ("ip", "ss", "unshare", "nsenter", "mount")
 _CABLE = Path(__file__).with_name("cable.py")
 
 
