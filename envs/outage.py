@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,14 +90,15 @@ class Outages:
             raise self._failure
 
     async def _watch(self, place: str, probe: Callable[[], Awaitable[str | None]], limit: OutageLimit) -> None:
-        started, pause_s, problem = time.monotonic(), _FIRST_PROBE_S, ""
+        clock = asyncio.get_running_loop().time
+        started, pause_s, problem = clock(), _FIRST_PROBE_S, ""
         try:
-            while (down_s := time.monotonic() - started) < limit.seconds:
+            while (down_s := clock() - started) < limit.seconds:
                 await asyncio.sleep(min(pause_s, limit.seconds - down_s))
                 pause_s = min(_MAX_PROBE_S, 2 * pause_s)
                 problem = await probe() or ""
                 if not problem:
-                    self.on_change(f"{place} is back after {time.monotonic() - started:.0f} s: sampling goes on")
+                    self.on_change(f"{place} is back after {clock() - started:.0f} s: sampling goes on")
                     return
             self._failure = limit.error(
                 f"{place} was down for {limit.seconds:.0f} s: {problem}",

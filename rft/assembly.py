@@ -68,6 +68,10 @@ async def build_parts(
     stack.push_async_callback(engine.close)
     if isinstance(engine, EnginePool):
         engine.on_change = on_note
+        if environment is not None:
+            engine.outages = environment.outages  # the time of a rollout stands still while either is away
+        else:
+            engine.outages.on_change = on_note
     main = graders.pop("grader")
     shadows = dict(zip(config.shadow_graders, graders.values(), strict=True))
     return Parts(engine, environment, main, shadows, judges)

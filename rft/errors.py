@@ -57,6 +57,10 @@ class EngineError(WorldError):
     stop_reason = StopReason.ENGINE_FAILED
 
 
+class EngineAwayError(EngineError):
+    """Nothing answers where a server was: it may come back, with the weights that it was started with."""
+
+
 class EngineBehindError(EngineError):
     """The engine answers, but not with the weights that it was given last: it must load them first."""
 

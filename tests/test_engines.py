@@ -33,7 +33,7 @@ from rft.engines.launch import ServerProcess, launch, make_scratch
 from rft.engines.transformers import TransformersEngine
 from rft.engines.vllm import VllmEngine
 from rft.engines.vllm_server import server_command, wait_until_ready
-from rft.errors import EngineError
+from rft.errors import EngineAwayError, EngineError
 from tests.tiny import tiny_model_folder
 
 T = TypeVar("T")
@@ -328,8 +328,12 @@ class FaultyVllm:
 
     A reply is an HTTP status, "drop" (the connection is closed), "hang", or "wait" for a 200 once `gate` is set; 200
     comes with a completion of one id. `adapters`: what was asked of adapters, in order; `loads`: the folders of merged
-    weights. `metrics`: what /metrics says; `num_looks` at it.
+    weights. `metrics`: what /metrics says; `num_looks` at it. `refused`: how many times it refuses an adapter first;
+    `is_blind`: it does not see the folder of merged weights.
     """
+
+    refused = 0
+    is_blind = False
 
     metrics = "process_start_time_seconds 1.7e+09\n"
     num_looks = 0
@@ -359,8 +363,11 @@ class FaultyVllm:
                 reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
             if "_lora_adapter" in head:
                 self.adapters.append(f"{'unload' if '/unload' in head else 'load'} {body['lora_name']}")
+                if "/unload" not in head and self.refused:
+                    self.refused, reply = self.refused - 1, 400
             if "/collective_rpc" in head:
                 self.loads.append(Path(body["kwargs"]["weights_path"]).name)
+                reply = 500 if self.is_blind else 200
             if reply == "wait":
                 await self.gate.wait()
                 reply = 200
@@ -426,6 +433,65 @@ def test_request_shapes_nothing_but_the_temperature() -> None:
     assert (body["prompt"], body["temperature"], body["stop_token_ids"]) == ([1, 2], 0.7, [4])
     assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
     assert body["model"] == "m" and body["ignore_eos"] and "seed" not in body
+
+
+def with_given(server: FaultyVllm, story: Callable[[VllmEngine], Coroutine[Any, Any, None]]) -> None:
+    """The story with an engine in front of the server."""
+
+    async def told() -> None:
+        async with server:
+            config = VllmEngineConfig(max_model_len=64, request_timeout_s=20.0)
+            engine = VllmEngine(config, ModelConfig(path=Path("m")), Path("unused.log"), 8, url=server.url)
+            try:
+                await engine.start()
+                await story(engine)
+            finally:
+                await engine.close()
+
+    asyncio.run(asyncio.wait_for(told(), 20))
+
+
+@pytest.mark.parametrize("num_refused", [1, 2])
+def test_an_adapter_that_a_server_has_already_is_replaced(num_refused: int, tmp_path: Path) -> None:
+    """It is of another run, or the answer to an earlier request was lost; a second refusal has another reason."""
+    server = FaultyVllm(200)
+    server.refused = num_refused
+
+    async def story(engine: VllmEngine) -> None:
+        if num_refused == 1:
+            await engine.load(PublishedWeights(1, tmp_path / "v1", "adapter"))
+            assert engine.policy_version == 1
+        else:
+            with pytest.raises(EngineError, match=r"weights did not arrive.*HTTP 400") as failure:
+                await engine.load(PublishedWeights(1, tmp_path / "v1", "adapter"))
+            assert f"{tmp_path} must be there on the server's machine too" in failure.value.cure
+
+    with_given(server, story)
+    assert server.adapters == ["load m-v000001", "unload m-v000001", "load m-v000001"]
+
+
+def test_a_given_server_that_does_not_see_the_weights_is_named_with_their_folder(tmp_path: Path) -> None:
+    server = FaultyVllm(200)
+    server.is_blind = True
+
+    async def story(engine: VllmEngine) -> None:
+        with pytest.raises(EngineError, match=rf"the weights did not arrive: {server.url}.*HTTP 500") as failure:
+            await engine.load(PublishedWeights(1, tmp_path / "v1"))
+        assert f"{tmp_path} must be there on the server's machine too" in failure.value.cure
+        assert not isinstance(failure.value, EngineAwayError) and engine.policy_version == 0
+
+    with_given(server, story)
+
+
+def test_a_given_server_whose_connections_break_is_away() -> None:
+    server = FaultyVllm("drop")
+
+    async def story(engine: VllmEngine) -> None:
+        with pytest.raises(EngineAwayError, match=r"cannot be reached \(ServerDisconnectedError"):
+            await engine.generate([1, 2], sampling(stop=(4,)), "trace_1")
+
+    with_given(server, story)
+    assert len(server.bodies) == 4, "it is tried again first"
 
 
 @pytest.mark.parametrize("fault", ["drop", 503, 500])

@@ -12,24 +12,29 @@ import pytest
 from scale_parts import SimulatedLoop
 from scripted_engine import ScriptedEngine
 from test_collect import a_collector, collect
-from test_rollout import CALL, a_workshop, say
+from test_rollout import CALL, a_workshop, an_item, say
 from tiny import tiny_tokenizer
 
 from rft.chat import Chat
-from rft.engines import EngineLoad, PublishedWeights, SamplingParams
+from rft.config import RolloutConfig
+from rft.engines import Engine, EngineLoad, PublishedWeights, SamplingParams
 from rft.engines.health import Health, Member
 from rft.engines.placement import choose, prompt_key
 from rft.engines.pool import EnginePool
-from rft.errors import EngineBehindError, EngineError
+from rft.errors import EngineAwayError, EngineBehindError, EngineError
+from rft.types import Rollout, StopReason
 
 T = TypeVar("T")
 PARAMS = SamplingParams(max_tokens=8, temperature=1.0, seed=0, stop_token_ids=())
 
 
 class Dying(ScriptedEngine):
-    """Answers until `is_dead`, then fails for good; once alive again it has no weights but its first ones."""
+    """Answers until `is_dead`, then fails for good; once alive again it has no weights but its first ones.
 
-    is_dead = False
+    is_away: it cannot be reached.
+    """
+
+    is_dead = is_away = False
 
     async def generate(self, prompt_ids, params, rollout_id):  # type: ignore[no-untyped-def]
         completion = await super().generate(prompt_ids, params, rollout_id)
@@ -45,6 +50,8 @@ class Dying(ScriptedEngine):
         return await super().load_metrics()
 
     def _check(self) -> None:
+        if self.is_away:
+            raise EngineAwayError("the server cannot be reached")
         if self.is_dead:
             raise EngineError("the server died")
 
@@ -55,10 +62,10 @@ def run(story: Coroutine[Any, Any, T]) -> T:
         return runner.run(story)
 
 
-def a_pool(size: int = 3) -> tuple[EnginePool, list[Dying]]:
+def a_pool(size: int = 3, names: list[str] | None = None, limit_s: float = 60.0) -> tuple[EnginePool, list[Dying]]:
     chat = Chat(tiny_tokenizer())
     engines = [Dying(chat, lambda prompt, rollout_id, turn: "I21.9", first_token_s=0.001) for _ in range(size)]
-    return EnginePool(engines), engines
+    return EnginePool(engines, names or [], limit_s), engines
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -441,6 +448,152 @@ def test_requests_in_a_server_that_went_silent_are_sampled_elsewhere() -> None:
         assert pool.health[home].state is Health.DOWN and "did not say" in pool.health[home].reason
         assert not pool.health[home].requests and pool.num_moved == 1
         await pool.close()
+
+    run(story())
+
+
+# --- engines that cannot be reached ----------------------------------------------------------------------------------
+
+
+def away(size: int, limit_s: float = 60.0) -> tuple[EnginePool, list[Dying], list[str]]:
+    """A pool, its engines, and what it says of their outages."""
+    pool, engines = a_pool(size, [f"http://host{index}" for index in range(size)], limit_s)
+    heard: list[str] = []
+    pool.outages.on_change = heard.append
+    return pool, engines, heard
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_requests_wait_while_no_engine_can_be_reached(size: int) -> None:
+    pool, engines, heard = away(size)
+
+    async def story() -> None:
+        await pool.load(version(1))
+        for engine in engines:
+            engine.is_away = True
+        requests = [asyncio.create_task(pool.generate([5, i + 1], PARAMS, f"r{i}")) for i in range(8)]
+        await until(lambda: len(heard) == 1)
+        assert pool.members == [] and not any(request.done() for request in requests)
+        for engine in engines:
+            engine.is_away, engine.policy_version = False, 0  # started anew, with the weights it was started with
+        answers = await asyncio.gather(*requests)
+        assert [answer.policy_version for answer in answers] == [1] * 8
+        await until(lambda: len(heard) == 2)
+        await pool.close()
+
+    run(story())
+    names = f"s {', '.join(f'http://host{index}' for index in range(size))}" if size > 1 else " http://host0"
+    assert heard[0].startswith(f"the engine{names} is down: sampling pauses") and "is back after" in heard[1]
+
+
+def test_engines_that_stay_away_end_the_run_with_the_cause() -> None:
+    pool, (engine,), heard = away(1, limit_s=30.0)
+    engine.is_away = True
+
+    async def story() -> None:
+        with pytest.raises(EngineError) as failure:
+            await pool.generate([5, 6], PARAMS, "r")
+        assert str(failure.value) == (
+            "the engine http://host0 was down for 30 s: the server cannot be reached\n"
+            "  cure: start it, then continue with --resume; or raise engine.outage_limit_s"
+        )
+        assert not failure.value.retryable
+        await pool.close()
+
+    run(story())
+    assert len(heard) == 1
+
+
+def test_weights_wait_for_an_engine_that_cannot_be_reached() -> None:
+    pool, (engine,), heard = away(1)
+
+    async def story() -> None:
+        engine.is_away = True
+        loading = asyncio.create_task(pool.load(version(1)))
+        await until(lambda: len(heard) == 1)
+        assert not loading.done()
+        engine.is_away = False
+        await loading
+        assert engine.policy_version == pool.policy_version == 1
+        await pool.close()
+
+    run(story())
+
+
+def test_all_engines_are_asked_again_when_none_could_be_reached() -> None:
+    pool, engines, heard = away(2)
+
+    async def score(engine: Engine) -> int:
+        return (await engine.generate([5, 6], PARAMS, "r")).policy_version
+
+    async def story() -> None:
+        await pool.load(version(1))
+        assert await pool.each(score) == [1, 1]
+        engines[0].is_away = True
+        assert await pool.each(score) == [1] and not heard, "the other goes on"
+        engines[1].is_away = True
+        asking = asyncio.create_task(pool.each(score))
+        await until(lambda: len(heard) == 1)
+        engines[1].is_away = False
+        assert await asking == [1]
+        await pool.close()
+
+    run(story())
+
+
+def test_a_prompt_at_which_the_only_engine_dies_again_and_again_fails() -> None:
+    """Somebody starts it again each time: the run must not go on like that for ever."""
+    pool, (engine,), heard = away(1)
+
+    async def die(_: str) -> None:
+        engine.is_away = True
+
+    async def supervise() -> None:
+        while True:
+            await asyncio.sleep(20)
+            engine.is_away = False
+
+    async def story() -> None:
+        supervisor = asyncio.create_task(supervise())
+        with pytest.raises(EngineError, match="went away 3 times at one request") as failure:
+            await pool.generate([5, 6], PARAMS, "r")
+        assert failure.value.retryable, "its rollout is discarded, the run goes on"
+        supervisor.cancel()
+        await pool.close()
+
+    engine.hold = die
+    run(story())
+    assert len(heard) == 6
+
+
+def test_the_time_of_a_rollout_stands_still_while_the_engine_is_away() -> None:
+    pool, (engine,), heard = away(1)
+    engine.is_away = True
+
+    async def story() -> list[Rollout]:
+        limits = RolloutConfig(max_tokens_per_turn=400, time_limit_s=8)
+        collector, seen = a_collector(a_workshop(say("I21.9"), engine=pool, environment=None, limits=limits))
+        collecting = asyncio.create_task(collector.collect([an_item()], "train", 1, 4))
+        await until(lambda: len(heard) == 1)
+        await asyncio.sleep(20)  # more than twice the time limit of a rollout
+        engine.is_away = False
+        await collecting
+        await pool.close()
+        return seen
+
+    assert {rollout.stop_reason for rollout in run(story())} == {StopReason.ANSWERED}
+
+
+def test_closing_ends_the_wait_for_an_engine() -> None:
+    pool, (engine,), heard = away(1)
+    engine.is_away = True
+
+    async def story() -> None:
+        request = asyncio.create_task(pool.generate([5, 6], PARAMS, "r"))
+        await until(lambda: len(heard) == 1)
+        await pool.close()
+        with pytest.raises(EngineError):
+            await request
 
     run(story())
 

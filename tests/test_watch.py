@@ -28,7 +28,7 @@ from test_rollout import CALL, RecordingEnvironment, RecordingGrader, a_workshop
 from rft.config import RolloutConfig
 from rft.engines.health import Health
 from rft.engines.pool import EnginePool
-from rft.errors import NoProgressError
+from rft.errors import EngineError, NoProgressError
 from rft.job import run_job
 from rft.live import Live, count_stops, live_lines, waiting_for
 from rft.rollout import Workshop
@@ -102,6 +102,7 @@ from pathlib import Path
 from test_rollout import a_workshop, say
 from rft.engines.health import Health
 from rft.engines.pool import EnginePool
+from rft.errors import EngineError
 from rft.errors import NoProgressError
 from rft.store import RunStore
 from rft.watch import Watchdog
@@ -415,7 +416,7 @@ def test_each_engine_of_several_is_told(store: RunStore) -> None:
     workshop = a_workshop(say("I21.9"))
     pool = EnginePool([workshop.engine, *(ScriptedEngine(workshop.chat, say("I21.9")) for _ in range(7))])  # type: ignore[list-item]
     for member in pool.health[1:]:
-        member.state, member.reason = Health.DOWN, "the server\x1b[31m died"
+        member.state, member.failure = Health.DOWN, EngineError("the server\x1b[31m died")
     with a_watchdog(store) as watchdog:
         watchdog.attach(pool, None, FOREVER_S)
         live = watchdog.live(is_active=True)

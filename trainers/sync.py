@@ -13,7 +13,6 @@ and trainer afterwards, in two ways, because one cannot see what the other does:
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from rft.engines import Engine, PublishedWeights
 from rft.engines.pool import EnginePool
-from rft.errors import EngineError, StorageError, SyncError
+from rft.errors import StorageError, SyncError
 
 _NUM_KEPT = 2
 _MAX_SCORED = 256  # tokens of a sequence that are compared: its last ones
@@ -132,17 +131,7 @@ class Sync:
         trainer = _remembered(policy)
         if not isinstance(engine, EnginePool):
             return await self._probe_one(trainer, engine, sequences)
-        members = engine.members
-        probes = (self._probe_one(trainer, member, sequences) for member in members)
-        found = await asyncio.gather(*probes, return_exceptions=True)
-        results = [result for result in found if isinstance(result, ProbeResult)]
-        for member, failure in zip(members, found, strict=True):
-            if isinstance(failure, EngineError) and results:
-                engine.note_failure(member, failure)  # the others go on, and it loads before it serves again
-            elif isinstance(failure, BaseException):
-                raise failure
-        if not results:
-            raise EngineError("no engine is left to compare with the trainer")
+        results = await engine.each(lambda member: self._probe_one(trainer, member, sequences))
         return ProbeResult(max(result.mean_gap for result in results), max(result.max_gap for result in results))
 
     async def _probe_one(self, trainer: Scorer, engine: Engine, sequences: list[list[int]]) -> ProbeResult:

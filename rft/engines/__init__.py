@@ -122,9 +122,9 @@ def build_engine(config: RunConfig, log_path: Path) -> Engine:
         engines = [
             VllmEngine(config.engine, config.model, log_path, rank, url=url, transport=transport) for url in urls
         ]
-        if len(engines) == 1:
+        if urls[0] is None or transport is not None:  # a server of ours ends with us; transfer cannot begin anew
             return engines[0]
-        return EnginePool(engines, [f"engine {index} ({safe_url(str(url))})" for index, url in enumerate(urls)])
+        return EnginePool(engines, [safe_url(str(url)) for url in urls], config.engine.outage_limit_s)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)

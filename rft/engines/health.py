@@ -4,7 +4,7 @@
 |---|---|---|
 | SERVING | LOADING | the pool loads new weights |
 | LOADING | SERVING | the engine has them |
-| SERVING, LOADING | SUSPECT | a request failed for good, or several in a row failed: it is asked at once how it is |
+| SERVING, LOADING | SUSPECT | requests failed, for good or again and again, or others are away: it is asked how it is |
 | SERVING, LOADING | BEHIND | it has other weights than the pool: a restarted server has its first ones |
 | SERVING, LOADING | DOWN | it could not load, or several looks in a row had no answer |
 | SUSPECT, DOWN | SERVING | it answers and has the pool's weights |
@@ -23,6 +23,7 @@ from enum import StrEnum
 from hashlib import blake2b
 
 from rft.engines import Engine, EngineLoad
+from rft.errors import EngineAwayError, EngineError
 
 
 class Health(StrEnum):
@@ -48,7 +49,7 @@ class Member:
     engine: Engine
     state: Health = Health.SERVING
     since: float = field(default_factory=time.monotonic)  # when it entered the state
-    reason: str = ""  # why it gets no requests
+    failure: EngineError | None = None  # why it gets no requests
     reported: EngineLoad = field(default_factory=lambda: EngineLoad(0, 0, 0.0))  # when it last said
     num_foreign: int = 0  # requests of other clients then
     num_strikes: int = 0  # requests that failed since one succeeded
@@ -64,6 +65,16 @@ class Member:
     def load(self) -> int:
         """Requests that a further one competes with; those in the engine's queue count twice."""
         return len(self.requests) + self.num_foreign + self.reported.num_waiting
+
+    @property
+    def reason(self) -> str:
+        """Why it gets no requests; nothing where it does."""
+        return self.failure.problem if self.failure is not None else ""
+
+    @property
+    def is_away(self) -> bool:
+        """It is down because nothing answers there, which may pass."""
+        return self.state is Health.DOWN and isinstance(self.failure, EngineAwayError)
 
     def report(self, load: EngineLoad) -> None:
         """What the engine says of itself now."""

@@ -2,24 +2,34 @@
 
 Where a rollout begins is placement.py, which engines are asked is caretaker.py. Guarantees: nothing is sampled by an
 engine whose weights are not the pool's; a request that an engine lost is sampled by another, so that its rollout goes
-on; a prompt at which engines die fails its rollouts and leaves engines to the others, where there are more than two.
+on; a prompt at which engines die fails its rollouts and leaves engines to the others, where there are more than two;
+when none can be reached, that is an outage: requests wait, up to a limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rft.engines import Completion, Engine, EngineLoad, PublishedWeights, SamplingParams
 from rft.engines.caretaker import Caretaker, logger
 from rft.engines.health import Health, Member
 from rft.engines.placement import choose, is_swamped, prompt_key
-from rft.errors import EngineError
+from rft.engines.remote import Sampler
+from rft.envs.base import Environment
+from rft.envs.outage import OutageLimit, Outages
+from rft.errors import EngineAwayError, EngineError
+
+T = TypeVar("T")
+
+OUR_PLACE = "the engine"  # how the name of an outage of ours begins
 
 _NUM_KEPT_HOMES = 65_536
 _MAX_MOVES = 2  # of one request, to other engines
+_MAX_OUTAGES = 3  # that one request waits for: what it asks may be what the engines die of
 _VERDICT_LIMIT_S = 600.0  # while no engine serves and one is being loaded
 
 
@@ -32,13 +42,21 @@ class _Home:
 
 
 class EnginePool:
-    """Engines of the same model. Needs at least one that works. names: of the engines, for people."""
+    """Engines of the same model. Needs at least one that works.
 
-    def __init__(self, engines: Sequence[Engine], names: Sequence[str] = ()) -> None:
+    names: what people call them, by default their numbers. limit_s: how long all of them may be away. outages: where
+    that is said and waited for; the run shares it with its tools.
+    """
+
+    def __init__(self, engines: Sequence[Engine], names: Sequence[str] = (), limit_s: float = 600.0) -> None:
         if not engines:
             raise ValueError("a pool needs an engine")
-        names = names or [f"engine {index}" for index in range(len(engines))]
-        self.health = [Member(index, *pair) for index, pair in enumerate(zip(names, engines, strict=True))]
+        names = names or [str(index) for index in range(len(engines))]
+        pairs = enumerate(zip(names, engines, strict=True))
+        self.health = [Member(index, f"engine {name}", engine) for index, (name, engine) in pairs]
+        self.outages = Outages()
+        self._limit = OutageLimit(limit_s, "engine.outage_limit_s", EngineError)
+        self._place_of_all = f"{OUR_PLACE}{'s' * (len(names) > 1)} {', '.join(names)}"
         self.num_moved = 0  # requests that went on elsewhere
         self.policy_version = engines[0].policy_version
         self.max_model_len = min(engine.max_model_len for engine in engines)
@@ -77,6 +95,10 @@ class EnginePool:
         left.
         """
         self._caretaker.begin()
+        return await self._patiently(lambda: self._generate(prompt_ids, params, rollout_id))
+
+    async def _generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
+        """As `generate` does, and raises EngineAwayError when no engine can be reached."""
         tried: list[Member] = []
         while True:
             home = await self._place(prompt_ids, rollout_id, tried)
@@ -85,7 +107,7 @@ class EnginePool:
             except EngineError as error:
                 tried.append(home.member)
                 await self._note(home, error)
-                if len(tried) > self._max_moves:
+                if len(tried) > self._max_moves and not await self._are_all_away():
                     where = ", ".join(member.name for member in tried)
                     raise EngineError(f"{error.problem} (tried: {where})", retryable=True, cure=error.cure) from error
             else:
@@ -118,7 +140,7 @@ class EnginePool:
         """Raises EngineError when no engine is there to take the request."""
         home = self._homes.get(rollout_id)
         key = prompt_key(prompt_ids) if home is None else home.key
-        if len(self._deaths.get(key, ())) > self._max_moves:
+        if len(self._deaths.get(key, ())) > self._max_moves and not await self._are_all_away():
             raise EngineError("engines died while they sampled rollouts of this prompt", retryable=True)
         if home is None or not self._is_good(home, tried):
             candidates = await self._candidates(tried)
@@ -148,20 +170,50 @@ class EnginePool:
         raise self._none_left()
 
     def _none_left(self) -> EngineError:
+        if all(member.is_away for member in self.health):
+            return EngineAwayError(f"{self._place_of_all} cannot be reached")
         is_any_left = any(member.state.is_asked for member in self.health)
         reasons = "; ".join(f"{member.name}: {member.reason}" for member in self.health if member.reason)
         problem = f"no engine is left to try: {reasons}" if is_any_left else f"all engines are down: {reasons}"
-        return EngineError(problem, retryable=is_any_left, cure="see the engines' logs, continue with --resume")
+        cures = {member.failure.cure for member in self.health if member.failure is not None}
+        cure = cures.pop() if len(cures) == 1 else ""
+        cure = cure or "see the engines' logs, continue with --resume"
+        return EngineError(problem, retryable=is_any_left, cure=cure)
 
     async def score(self, ids: list[int], start: int) -> list[float]:
-        """What one of the engines says; the sync's probe asks each of `members` instead."""
-        return await (await self._candidates([]))[0].engine.score(ids, start)
+        """What one of the engines says; the sync's probe asks each of them instead."""
+        return (await self.each(lambda engine: engine.score(ids, start)))[0]
+
+    async def each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        """What every engine that is asked says, at least one; those that fail are noted, the others go on.
+
+        Raises what `ask` does: EngineError only when every engine failed.
+        """
+        return await self._patiently(lambda: self._each(ask))
+
+    async def _each(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        members = await self._candidates([])
+        answers = await asyncio.gather(*(ask(member.engine) for member in members), return_exceptions=True)
+        found: list[T] = []
+        failures: list[EngineError] = []
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, EngineError):
+                self._caretaker.fail(member, answer)  # it loads before it serves again
+                failures.append(answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append(answer)
+        if not found:
+            await self._are_all_away()
+            raise min(failures, key=lambda failure: isinstance(failure, EngineAwayError))
+        return found
 
     async def load(self, weights: PublishedWeights) -> None:
         """All engines sample from `weights` from now on; one that cannot load them is left out until it can."""
         async with self._loading:
             self._deaths.clear()
-            members = await self._candidates([])
+            members = await self._patiently(lambda: self._candidates([]))
             self._caretaker.published, self._caretaker.version = weights, weights.version
             for member in members:
                 self._caretaker.enter(member, Health.LOADING)
@@ -172,15 +224,32 @@ class EnginePool:
                 if failure is None and member.state is Health.LOADING:
                     self._caretaker.enter(member, Health.SERVING)
                 elif isinstance(failure, EngineError):
-                    self._caretaker.enter(member, Health.DOWN, failure.problem)
+                    self._caretaker.enter(member, Health.DOWN, failure)
                 elif failure is not None:
                     raise failure
-            await self._candidates([])
+            await self._patiently(lambda: self._candidates([]))
             self.policy_version = weights.version
 
-    def note_failure(self, engine: Engine, error: EngineError) -> None:
-        """One of `members`, asked directly, failed: it is left out if that was for good."""
-        self._caretaker.fail(next(member for member in self.health if member.engine is engine), error)
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` gives, asked again after an outage. Raises what it raises, and what a long outage ends with."""
+        for _ in range(_MAX_OUTAGES):
+            try:
+                return await ask()
+            except EngineAwayError:
+                if not all(member.is_away for member in self.health):
+                    raise
+            self.outages.report(self._place_of_all, self._caretaker.hurry, self._limit)
+            await self.outages.over(self._place_of_all)
+            self._deaths.clear()  # all of them at once: of the network, or of a machine
+        raise EngineError(f"{self._place_of_all} went away {_MAX_OUTAGES} times at one request", retryable=True)
+
+    async def _are_all_away(self) -> bool:
+        """Asks those of which nobody knows, where some are away."""
+        if any(member.is_away for member in self.health):
+            self._caretaker.suspect_all(EngineAwayError("others cannot be reached"))
+        for member in self.health:
+            await self._caretaker.settled(member)
+        return all(member.is_away for member in self.health)
 
     async def load_metrics(self) -> EngineLoad:
         """Requests of all engines together, as they last said; of the KV caches the fullest."""
@@ -195,8 +264,16 @@ class EnginePool:
         )
 
     async def close(self) -> None:
+        await self.outages.close()
         await self._caretaker.close()
         await asyncio.gather(*(member.engine.close() for member in self.health))
 
     def _asked(self) -> list[Member]:
         return [member for member in self.health if self._caretaker.is_askable(member)]
+
+
+def outages_of(engine: Sampler, environment: Environment | None) -> Outages | None:
+    """Where is said what is down of both; None where neither can be."""
+    if environment is not None:
+        return environment.outages
+    return engine.outages if isinstance(engine, EnginePool) else None

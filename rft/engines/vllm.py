@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from rft.engines.launch import ServerProcess
 from rft.engines.lifetime import Lifetime, read_gauges, read_load
 from rft.engines.transfer import Transfer, Transport
 from rft.engines.vllm_server import MODEL_NAME, StatusCallback, launch_server, server_error, wait_until_ready
-from rft.errors import EngineBehindError, EngineError
+from rft.errors import EngineAwayError, EngineBehindError, EngineError
+from rft.wire import watched_socket
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ _MAX_ATTEMPTS = 4
 _FIRST_WAIT_S = 0.25  # doubled per attempt
 _DEATH_WAIT_S = 5.0  # a server whose engine died answers 500 first and ends a moment later
 _CONTROL_TIMEOUT_S = 60.0  # loading weights from disk
+_CONNECT_TIMEOUT_S = 5.0
 _NUM_KEPT_ADAPTERS = 2
 
 
@@ -139,9 +142,7 @@ class VllmEngine:
             adapter = self._adapters.get(self._model_name)
             async with adapter.request() if adapter else nullcontext():
                 reply = await self._post("/v1/completions", body)
-            if self._lifetime.is_doubtful:
-                await self.load_metrics()
-            self._check_weights()
+            await self._settle_doubt()
             return reply, version
 
     async def score(self, ids: list[int], start: int) -> list[float]:
@@ -153,7 +154,9 @@ class VllmEngine:
             raise ValueError(f"cannot score {len(ids)} ids from {start}: the context is {self.max_model_len}")
         body = {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, **PLAIN_SAMPLING}
         async with self._limit, self._gate.request():
+            self._check_weights()
             reply = await self._post("/v1/completions", body | {"model": self._model_name})
+            await self._settle_doubt()
         positions = reply["choices"][0]["prompt_logprobs"]
         return [positions[index][str(ids[index])]["logprob"] for index in range(start, len(ids))]
 
@@ -183,7 +186,8 @@ class VllmEngine:
             await self._transfer.send(weights.tensors())
         else:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.path.resolve())}}
-            await self._post_once("/collective_rpc", reload, _CONTROL_TIMEOUT_S)
+            with self._shared(weights.path):
+                await self._post_once("/collective_rpc", reload, _CONTROL_TIMEOUT_S)
 
     async def _forget_old_weights(self) -> None:
         """What the server derived from the weights it had: copies of the output head, cached prefixes."""
@@ -200,7 +204,11 @@ class VllmEngine:
     async def _load_adapter(self, weights: PublishedWeights) -> None:
         name = f"{self._base_name}-v{weights.version:06d}"
         if name not in self._adapters:
-            await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(weights.path.resolve())})
+            body = {"lora_name": name, "lora_path": str(weights.path.resolve())}
+            try:
+                await self._post("/v1/load_lora_adapter", body)
+            except _RefusedError:
+                await self._load_again(body, weights.path)
             self._adapters[name] = Gate()
         self._model_name, self.policy_version = name, weights.version
         while len(self._adapters) > _NUM_KEPT_ADAPTERS:
@@ -208,6 +216,27 @@ class VllmEngine:
             async with self._adapters[oldest].load(self._config.request_timeout_s):
                 await self._post("/v1/unload_lora_adapter", {"lora_name": oldest})
                 del self._adapters[oldest]
+
+    async def _load_again(self, body: dict[str, str], path: Path) -> None:
+        """A server refuses an adapter that it has: of another run, or of a request whose answer was lost."""
+        with self._shared(path):
+            with suppress(_RefusedError):
+                await self._post("/v1/unload_lora_adapter", {"lora_name": body["lora_name"]})
+            await self._post("/v1/load_lora_adapter", body)
+
+    @contextmanager
+    def _shared(self, path: Path) -> Iterator[None]:
+        """A given server that refuses weights mostly does not see them: it is on another machine."""
+        try:
+            yield
+        except EngineError as error:
+            if self._url is None or error.retryable or isinstance(error, EngineAwayError):
+                raise
+            cure = (
+                f"{path.resolve().parent} must be there on the server's machine too, at this path: set runs_dir to a"
+                " folder of a shared file system; where it is one, read the server's log"
+            )
+            raise EngineError(f"the weights did not arrive: {error.problem}", cure=cure) from error
 
     async def load_metrics(self) -> EngineLoad:
         """What the server says of itself. Raises EngineBehindError when it was restarted and has lost its weights."""
@@ -221,6 +250,12 @@ class VllmEngine:
             self._adapters.clear()
         self._check_weights()
         return read_load(values, self._num_asked)
+
+    async def _settle_doubt(self) -> None:
+        """Raises EngineBehindError when the last reply may be of other weights than ours."""
+        if self._lifetime.is_doubtful:
+            await self.load_metrics()
+        self._check_weights()
 
     def _check_weights(self) -> None:
         if self._has_lost_weights:
@@ -255,7 +290,10 @@ class VllmEngine:
         timeout_s: float = _CONTROL_TIMEOUT_S,
         num_attempts: int = _MAX_ATTEMPTS,
     ) -> bytes:
-        """One request within `timeout_s`, tried again when the connection or the server fails; the 2xx reply."""
+        """One request within `timeout_s`, tried again when the connection or the server fails; the 2xx reply.
+
+        Raises EngineAwayError when no connection to a given server lasted.
+        """
         if self._http is None:
             raise EngineError("the engine has not been started", cure="await engine.start() first")
         try:
@@ -267,8 +305,9 @@ class VllmEngine:
                             content = await response.read()
                     except (aiohttp.ClientError, OSError) as error:
                         await self._check_alive(0.5)
-                        failure = f"{type(error).__name__} {error}".strip()
+                        failure, is_away = f"{type(error).__name__} {error}".strip(), self._url is not None
                     else:
+                        is_away = False
                         if response.ok:
                             self._lifetime.hear()
                             return content
@@ -282,9 +321,12 @@ class VllmEngine:
                 retryable=True,
                 cure="raise engine.request_timeout_s, or lower engine.max_concurrent",
             ) from None
+        if is_away:
+            cure = "check that the server runs, that the network is up, and that engine.url is right"
+            raise EngineAwayError(f"{self._place}{path} cannot be reached ({failure})", cure=cure)
         raise EngineError(
             f"{self._place}{path} failed {num_attempts} times, last: {failure}",
-            cure="check that the server runs and engine.url is right" if self._url else f"read {self._log_path}",
+            cure="read the server's log" if self._url else f"read {self._log_path}",
         )
 
     async def _failure(self, path: str, status: int, content: bytes) -> str:
@@ -328,9 +370,10 @@ def _session(url: str | None, server: ServerProcess | None) -> aiohttp.ClientSes
             str(server.scratch / "s"), limit=0, keepalive_timeout=4
         )
     else:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, socket_factory=watched_socket)
     base_url = (url or "http://engine").rstrip("/").removesuffix("/v1") + "/"
-    return aiohttp.ClientSession(base_url, connector=connector, timeout=aiohttp.ClientTimeout(total=None, connect=30))
+    timeout = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=_CONNECT_TIMEOUT_S)
+    return aiohttp.ClientSession(base_url, connector=connector, timeout=timeout)
 
 
 def _completion(choice: dict[str, Any], version: int) -> Completion:
