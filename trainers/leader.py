@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rft.baseline.numbers import Baseline, measure
 from rft.config import RunConfig
 from rft.doctor.alarm import Alarm, warning
-from rft.engines import Engine
+from rft.engines import Engine, SleepingEngine
 from rft.engines.pool import EnginePool
 from rft.errors import NumericsError, UserError
 from rft.metrics import Clock, group_metrics, rollout_metrics, staleness_metrics, step_line
@@ -132,7 +132,15 @@ class SamplingLeader(Leader):
         groups = self.pipeline.groups(step)
         if step == 1 and self._is_fresh:
             self._judge(groups)
+        if (sleeper := self._sleeper()) is not None:
+            self.pipeline.sampling.watchdog.run(sleeper.sleep())
         return groups
+
+    def _sleeper(self) -> SleepingEngine | None:
+        """The engine, where it shares its GPUs with the policy."""
+        engine = self.config.engine
+        is_shared = engine.type == "vllm" and engine.sleep
+        return self.engine if is_shared and isinstance(self.engine, SleepingEngine) else None
 
     def _was_judged(self) -> bool:
         return any((event.get("data") or {}).get("check") == _JUDGED for event in self.store.events())
@@ -188,7 +196,11 @@ class SamplingLeader(Leader):
         run = self.pipeline.sampling.watchdog.run
         reused = {"rollouts/reused": self.pipeline.sampling.settle("train", step)}
         metrics = reused | {"groups/stale": self.pipeline.num_stale, "time/hidden_s": self.pipeline.hidden_s}
-        run(self.engine.load(self.beside(lambda: self.sync.publish(policy, step))))
+        weights = self.beside(lambda: self.sync.publish(policy, step))
+        if (sleeper := self._sleeper()) is not None:
+            policy.release_memory()
+            run(sleeper.wake())
+        run(self.engine.load(weights))
         sequences = [rollout.sequences[-1].ids for group in groups for rollout in group.rollouts[:1] if rollout.turns]
         probed = sequences[:_PROBE_SEQUENCES] or [self.first_prompt(group.item) for group in groups[:1]]
         probe = run(self.sync.probe(policy, self.engine, probed))

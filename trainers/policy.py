@@ -23,6 +23,7 @@ from rft.errors import UserError
 from rft.trainers import deepspeed, sharding
 from rft.trainers.attention import attention_window
 from rft.trainers.batch import Layout, MicroBatch, build_micro_batches, one_path
+from rft.trainers.halving import free_memory
 from rft.trainers.lora import LoraWeights
 from rft.trainers.objective import Objective
 from rft.trainers.optimizer import build_optimizer, build_schedule
@@ -191,6 +192,11 @@ class Policy:
         suffice for half of a micro-batch either.
         """
         return update(self, micro_batches, num_tokens, on_micro_batch)
+
+    def release_memory(self) -> None:
+        """Give what a step left unused of the GPUs' memory back to others, on all ranks. Collective."""
+        with self.ranks.join("release_memory"):
+            free_memory()
 
     # --- the weights, in the forms others need ---
 

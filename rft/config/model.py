@@ -47,10 +47,17 @@ class ModelConfig(Config):
 
 
 class VllmEngineConfig(Config):
-    """A vLLM server: given by `url`, or launched by the run as a child process when `url` is null."""
+    """vLLM servers: given by `url`, or launched by the run as its own processes when `url` is null."""
 
     type: Literal["vllm"] = "vllm"
     url: str | Annotated[list[str], Field(min_length=1)] | None = None  # several share the rollouts
+    num_servers: int = Field(1, ge=1, description="that are launched; like those of `url` they share the rollouts")
+    devices: list[str] | None = Field(
+        None, description='CUDA_VISIBLE_DEVICES of each launched server, e.g. ["6", "7"]; null: as the run has it'
+    )
+    sleep: bool = Field(
+        False, description="GPUs are shared in turn: vLLM's sleep mode frees its memory while the policy trains"
+    )
     max_model_len: int = Field(2048, ge=16)
     max_concurrent: int = Field(64, ge=1, description="sequences a server samples at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; a GPU uses gpu_memory_share")
@@ -59,6 +66,14 @@ class VllmEngineConfig(Config):
     request_timeout_s: float = Field(300.0, gt=0)
     outage_limit_s: float = Field(600.0, gt=0, description="how long all servers of `url` may be away before it ends")
     args: list[str] = Field(default_factory=list, description="further flags of the server, passed on unchanged")
+
+    @model_validator(mode="after")
+    def _servers_fit(self) -> VllmEngineConfig:
+        if self.url is not None and (self.num_servers > 1 or self.devices is not None):
+            raise ValueError("num_servers and devices are for servers that the run launches; leave them out, or url")
+        if self.devices is not None and len(self.devices) != self.num_servers:
+            raise ValueError(f"devices names {len(self.devices)} servers, num_servers {self.num_servers}")
+        return self
 
 
 class TransformersEngineConfig(Config):

@@ -97,6 +97,14 @@ class RunConfig(Config):
             raise ValueError(f"training.sync is transfer, but engine.type is {self.engine.type}; use reload or auto")
         if sync == "transfer" and isinstance(urls := getattr(self.engine, "url", None), list) and len(urls) > 1:
             raise ValueError("training.sync is transfer, which serves one engine.url, not several; use reload or auto")
+        if sync == "transfer" and getattr(self.engine, "num_servers", 1) > 1:
+            raise ValueError("training.sync is transfer, which serves one server, not several; use reload or auto")
+        return self
+
+    @model_validator(mode="after")
+    def _sleep_fits(self) -> RunConfig:
+        if self.training.staleness and getattr(self.engine, "sleep", False):
+            raise ValueError("engine.sleep gives the GPUs to sampling and training in turn; set training.staleness=0")
         return self
 
     @model_validator(mode="after")

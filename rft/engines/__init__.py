@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rft.config import RunConfig
+    from rft.config import RunConfig, VllmEngineConfig
     from rft.engines.transfer import Transport
 
 
@@ -90,6 +90,19 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that can give its GPU's memory to somebody else for a while."""
+
+    async def sleep(self) -> None:
+        """Give it back, once no request is in flight; later ones wait for `wake`."""
+        ...
+
+    async def wake(self) -> None:
+        """Take it again. Samples from the weights it had."""
+        ...
+
+
 def sync_kind(
     mode: Literal["auto", "adapter", "merged", "reload", "transfer"], device_type: str = "", *, is_lora: bool = True
 ) -> Literal["adapter", "merged", "transfer"]:
@@ -110,24 +123,34 @@ def sync_kind(
 
 
 def build_engine(config: RunConfig, log_path: Path) -> Engine:
-    """The engine that `config.engine.type` names, imported when used; a launched server logs to `log_path`."""
+    """The engine that `config.engine.type` names, imported when used; the first launched server logs to `log_path`."""
     if config.engine.type == "vllm":
-        from rft.engines.pool import EnginePool
-        from rft.engines.vllm import VllmEngine
-        from rft.wire import safe_url
-
-        rank = max_lora_rank(config)
-        urls = config.engine.url if isinstance(config.engine.url, list) else [config.engine.url]
-        transport = _build_transport(urls[0]) if config.training.sync == "transfer" else None  # then there is one url
-        engines = [
-            VllmEngine(config.engine, config.model, log_path, rank, url=url, transport=transport) for url in urls
-        ]
-        if urls[0] is None or transport is not None:  # a server of ours ends with us; transfer cannot begin anew
-            return engines[0]
-        return EnginePool(engines, [safe_url(str(url)) for url in urls], config.engine.outage_limit_s)
+        return _build_vllm(config, config.engine, log_path)
     from rft.engines.transformers import TransformersEngine
 
     return TransformersEngine(config.engine, config.model)
+
+
+def _build_vllm(config: RunConfig, engine: VllmEngineConfig, log_path: Path) -> Engine:
+    from rft.engines.pool import EnginePool
+    from rft.engines.vllm import VllmEngine
+    from rft.wire import safe_url
+
+    rank = max_lora_rank(config)
+    if engine.url is None:
+        logs = [log_path, *(log_path.with_stem(f"{log_path.stem}-{i}") for i in range(1, engine.num_servers))]
+        devices: list[str] | list[None] = engine.devices or [None] * len(logs)
+        transport = _build_transport(None) if config.training.sync == "transfer" else None
+        launched = [
+            VllmEngine(engine, config.model, log, rank, transport=transport, devices=device)
+            for log, device in zip(logs, devices, strict=True)
+        ]
+        return launched[0] if len(launched) == 1 else EnginePool(launched)
+    urls = [engine.url] if isinstance(engine.url, str) else engine.url
+    if config.training.sync == "transfer":  # of one server, and it cannot begin anew
+        return VllmEngine(engine, config.model, log_path, rank, url=urls[0], transport=_build_transport(urls[0]))
+    given = [VllmEngine(engine, config.model, log_path, rank, url=url) for url in urls]
+    return EnginePool(given, [safe_url(url) for url in urls], engine.outage_limit_s)
 
 
 def max_lora_rank(config: RunConfig) -> int | None:

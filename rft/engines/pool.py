@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rft.engines import Completion, Engine, EngineLoad, PublishedWeights, SamplingParams
+from rft.engines import Completion, Engine, EngineLoad, PublishedWeights, SamplingParams, SleepingEngine
 from rft.engines.caretaker import Caretaker, logger
 from rft.engines.health import Health, Member
 from rft.engines.placement import choose, is_swamped, prompt_key
@@ -67,6 +67,7 @@ class EnginePool:
         self._homes: OrderedDict[str, _Home] = OrderedDict()  # by rollout
         self._deaths: defaultdict[int, set[tuple[Member, float]]] = defaultdict(set)  # of engines, by prompt
         self._loading = asyncio.Lock()
+        self._sleeping: list[tuple[Member, SleepingEngine]] = []
 
     @property
     def members(self) -> list[Engine]:
@@ -208,6 +209,21 @@ class EnginePool:
             await self._are_all_away()
             raise min(failures, key=lambda failure: isinstance(failure, EngineAwayError))
         return found
+
+    async def sleep(self) -> None:
+        """Raises EngineError when one that serves does not: its memory would be missed."""
+        self._sleeping = [(one, one.engine) for one in self._asked() if isinstance(one.engine, SleepingEngine)]
+        await asyncio.gather(*(engine.sleep() for _, engine in self._sleeping))
+
+    async def wake(self) -> None:
+        """One that does not wake is left out."""
+        failures = await asyncio.gather(*(engine.wake() for _, engine in self._sleeping), return_exceptions=True)
+        for (member, _), failure in zip(self._sleeping, failures, strict=True):
+            if isinstance(failure, EngineError):
+                self._caretaker.fail(member, failure)
+            elif failure is not None:
+                raise failure
+        self._sleeping = []
 
     async def load(self, weights: PublishedWeights) -> None:
         """All engines sample from `weights` from now on; one that cannot load them is left out until it can."""

@@ -16,7 +16,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class _RefusedError(EngineError):
 class VllmEngine:
     """The engine `vllm`. `url`: of a given server; one is launched without. `max_lora_rank`: it accepts adapters.
 
-    transport: it accepts weights of the kind `transfer`, which come this way.
+    transport: it accepts weights of the kind `transfer`, which come this way. devices: the GPUs of a launched one.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class VllmEngine:
         *,
         url: str | None = None,
         transport: Transport | None = None,
+        devices: str | None = None,
     ) -> None:
         self.policy_version = 0
         self._url = url
@@ -76,7 +77,8 @@ class VllmEngine:
         self._num_asked = 0  # completions that somebody waits for
         self._limit = asyncio.Semaphore(config.max_concurrent)
         self._gate = Gate()
-        self._transport = transport
+        self._asleep = AsyncExitStack()  # holds the gate's load while the server sleeps
+        self._transport, self._devices = transport, devices
         self._transfer: Transfer | None = None
         self._lifetime = Lifetime()
         self._has_loaded = self._has_lost_weights = False
@@ -88,7 +90,9 @@ class VllmEngine:
         """
         if self._url is None:
             backend = self._transport.backend if self._transport is not None else None
-            self._server = await launch_server(self._config, self._model, self._log_path, self._max_lora_rank, backend)
+            self._server = await launch_server(
+                *(self._config, self._model, self._log_path, self._max_lora_rank, backend, self._devices)
+            )
         self._http = _session(self._url, self._server)
         if self._server is not None:
             await wait_until_ready(self._server, self._http, self._config.start_timeout_s, self.on_status)
@@ -99,6 +103,8 @@ class VllmEngine:
                 f"the server's context is {served['max_model_len']} tokens, not {self.max_model_len}",
                 cure="lower engine.max_model_len, or start the server with a larger --max-model-len",
             )
+        if self._config.sleep and json.loads(await self._send("GET", "/is_sleeping"))["is_sleeping"]:
+            await self.wake()  # a run that died had put a given server to sleep
         if self._transport is not None:
             self._transfer = Transfer(
                 self._transport, self._config.request_timeout_s, post=self._post_once, get=partial(self._send, "GET")
@@ -263,6 +269,18 @@ class VllmEngine:
                 f"{self._url or 'the vLLM server'} was restarted and has its first weights again",
                 cure="continue with --resume",
             )
+
+    async def sleep(self) -> None:
+        """The weights move to the machine's memory, the KV cache goes. Raises EngineError as `load` does."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._gate.load(self._config.request_timeout_s))
+            await self._post_once("/sleep?level=1", {}, _CONTROL_TIMEOUT_S)
+            self._asleep = stack.pop_all()
+
+    async def wake(self) -> None:
+        """Requests that came meanwhile go on."""
+        async with self._asleep:
+            await self._post_once("/wake_up", {}, _CONTROL_TIMEOUT_S)
 
     async def close(self) -> None:
         """End a launched server and all its processes; a given one is left alone."""

@@ -89,6 +89,7 @@ def server_command(
         switches.append("--enforce-eager")  # compiling costs minutes and gains nothing at this size
     else:
         flags["--gpu-memory-utilization"] = str(config.gpu_memory_share)
+        switches += ["--enable-sleep-mode"] * config.sleep
     if max_lora_rank is not None:
         # three adapters: rollouts in flight may finish on the version before the last
         flags |= {"--max-lora-rank": str(_lora_rank(max_lora_rank)), "--max-loras": "3", "--max-cpu-loras": "3"}
@@ -140,11 +141,19 @@ async def launch_server(
     log_path: Path,
     max_lora_rank: int | None,
     transfer_backend: str | None = None,
+    devices: str | None = None,
 ) -> ServerProcess:
-    """Start the server's process; its socket is `scratch / "s"`. Not ready yet: see `wait_until_ready`."""
-    is_cpu, scratch = is_cpu_build(), make_scratch()
+    """Start the server's process; its socket is `scratch / "s"`. Not ready yet: see `wait_until_ready`.
+
+    devices: its CUDA_VISIBLE_DEVICES. Raises EngineError for what the installed vLLM cannot do.
+    """
+    is_cpu = is_cpu_build()
+    if is_cpu and config.sleep:
+        raise EngineError("vLLM has no sleep mode on a CPU", cure="set engine.sleep=false: memory is not shared there")
+    scratch = make_scratch()
     command = server_command(config, model, scratch / "s", is_cpu, max_lora_rank, transfer_backend)
-    return await launch(command, server_env(is_cpu, transfer_backend), scratch, log_path)
+    env = server_env(is_cpu, transfer_backend) | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+    return await launch(command, env, scratch, log_path)
 
 
 async def wait_until_ready(
