@@ -27,9 +27,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rft.config import ModelConfig, TransformersEngineConfig, VllmEngineConfig
-from rft.engines import Completion, Engine, PublishedWeights, SamplingParams
+from rft.config import ModelConfig, TransformersEngineConfig, VllmEngineConfig, validate_config
+from rft.engines import Completion, Engine, PublishedWeights, SamplingParams, build_engine
 from rft.engines.launch import ServerProcess, launch, make_scratch
+from rft.engines.pool import EnginePool
 from rft.engines.transformers import TransformersEngine
 from rft.engines.vllm import VllmEngine
 from rft.engines.vllm_server import server_command, wait_until_ready
@@ -712,6 +713,43 @@ def test_adapters_and_the_death_of_the_server(folder: Path, tmp_path: Path) -> N
     seconds, processes = asyncio.run(asyncio.wait_for(kill_while_sampling(), 200))
     assert seconds < 15
     assert not any(is_running(pid) for pid in processes)
+
+
+@pytest.mark.slow
+def test_two_servers_are_launched_and_one_may_die(folder: Path, tmp_path: Path) -> None:
+    """Real servers: both sample, both load, and what the dead one sampled is sampled by the other."""
+    tree = {
+        "model": {"path": str(folder), "dtype": "float32", "lora": None},
+        "engine": {"type": "vllm", "num_servers": 2, "max_model_len": CONTEXT, "kv_cache_gib": 0.125},
+        "data": {"train": "train.jsonl"},
+        "grader": {"type": "string_check", "name": "g", "operation": "eq", "input": "a", "reference": "b"},
+        "rollout": {"max_tokens_per_turn": 8},
+        "training": {"steps": 1},
+    }
+    pool = build_engine(validate_config(tree, "test"), tmp_path / "engine.log")
+    assert isinstance(pool, EnginePool)
+
+    async def ask(first: int) -> list[Completion]:
+        prompts = ([number + 1, number + 2] for number in range(first, first + 16))
+        return await asyncio.gather(*(pool.generate(ids, sampling(8), f"r{ids[0]}") for ids in prompts))
+
+    async def story() -> None:
+        try:
+            await pool.start()
+            assert {answer.policy_version for answer in await ask(0)} == {0}
+            await pool.load(PublishedWeights(1, changed_weights(folder, tmp_path / "v1", 1.5)))
+            asking = asyncio.create_task(ask(16))
+            engine = pool.health[1].engine
+            assert isinstance(engine, VllmEngine) and engine._server is not None
+            os.kill(engine._server._process.pid, signal.SIGKILL)
+            assert [answer.policy_version for answer in await asking] == [1] * 16
+            assert {answer.policy_version for answer in await ask(32)} == {1} and len(pool.members) == 1
+        finally:
+            await pool.close()
+
+    asyncio.run(asyncio.wait_for(story(), 300))
+    logs = [tmp_path / name for name in ("engine.log", "engine-1.log")]
+    assert all("Starting vLLM server" in log.read_text() for log in logs)
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -563,15 +563,29 @@ def test_planning_loads_nothing_heavy() -> None:
     assert result.returncode == 0 and result.stdout.split() == [], result.stderr
 
 
+ALL_WEIGHTS = ["model.lora=null", "training.sync=reload"]
+TWO_GPUS = ["engine.args=[-tp, '2']", "engine.num_servers=4", "engine.devices=['0,1', '2,3', '4,5', '6,7']"]
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "trainers", "tree", "overrides", "launch"),
     [
         ("eight", "8x80", 6, QWEN_14B, [], "ddp"),
-        ("eight", "8x80", 6, QWEN_14B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
-        ("eight", "8x80", 6, QWEN_32B, ["engine.args=[-tp, '2']"], "ddp"),
+        ("eight", "8x80", 6, QWEN_14B, ALL_WEIGHTS, "fsdp2"),
+        (
+            "eight",
+            "8x80",
+            6,
+            QWEN_32B,
+            ["engine.args=[-tp, '2']", "engine.num_servers=1", "engine.devices=['6,7']"],
+            "ddp",
+        ),
+        ("eight_in_turn", "8x80", 8, QWEN_14B, [], "ddp"),
+        ("eight_in_turn", "8x80", 8, QWEN_14B, [*ALL_WEIGHTS, *TWO_GPUS, "engine.gpu_memory_share=0.42"], "fsdp2"),
+        ("eight_in_turn", "8x80", 8, QWEN_32B, [*TWO_GPUS, "engine.gpu_memory_share=0.7"], "fsdp2"),
         ("two_nodes", "2x8x80", 8, QWEN_32B, [], "ddp"),
-        ("two_nodes", "2x8x80", 8, QWEN_14B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
-        ("two_nodes", "2x8x80", 12, QWEN_32B, ["model.lora=null", "training.sync=reload"], "fsdp2"),
+        ("two_nodes", "2x8x80", 8, QWEN_14B, ALL_WEIGHTS, "fsdp2"),
+        ("two_nodes", "2x8x80", 12, QWEN_32B, ALL_WEIGHTS, "fsdp2"),
         ("two_nodes", "2x8x80", 8, QWEN_72B, ["engine.args=[-tp, '4']"], "fsdp2"),
     ],
 )
@@ -581,7 +595,7 @@ def test_the_cluster_configs_hold_what_they_say(
     config = load_config(ROOT / "configs" / "cluster" / f"{name}.yaml", overrides)
     plan = make_plan(config, gpus, model=a_model(tmp_path / "model", tree), trainer_gpus=trainers)
     assert plan.fits and plan.split is not None and plan.engine is not None, plan.problems
-    assert plan.split.launch == launch and plan.engine.concurrency > 100
+    assert plan.split.launch == launch and plan.split.engines * plan.engine.concurrency > 150
 
 
 # --- measured ---

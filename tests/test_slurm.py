@@ -359,6 +359,9 @@ def test_engine_nodes_need_an_engine_that_serves(tmp_path: Path) -> None:
     check_roles(a_config(tmp_path, engine=vllm), two, "train")
     with pytest.raises(ConfigError, match=r"engine\.url and --engine-nodes both"):
         check_roles(a_config(tmp_path, engine=vllm | {"url": "http://a:1"}), two, "train")
+    for beside in ({"num_servers": 2}, {"devices": ["0"]}, {"sleep": True}):
+        with pytest.raises(ConfigError, match="engines beside the trainer, and --engine-nodes too"):
+            check_roles(a_config(tmp_path, engine=vllm | beside), two, "train")
     with pytest.raises(ConfigError, match="a warm-up runs on one device"):
         check_roles(a_config(tmp_path), Allocation(nodes=2), "warmup")
 

@@ -115,6 +115,9 @@ def check_roles(config: RunConfig, allocation: Allocation, kind: Kind) -> None:
     if config.engine.url is not None:
         cure = "leave out one of them"
         raise ConfigError("engine.url and --engine-nodes both say where the engines are", where=where, cure=cure)
+    if config.engine.num_servers > 1 or config.engine.devices is not None or config.engine.sleep:
+        cure = "leave out --engine-nodes, or set engine.num_servers=1 engine.devices=null engine.sleep=false"
+        raise ConfigError("engines beside the trainer, and --engine-nodes too", where=where, cure=cure)
     num_engines = allocation.engine_nodes * allocation.engines_per_node
     if config.training.sync == "transfer" and num_engines > 1:
         cure = "ask for one engine (--gpus-per-engine), or set training.sync to reload or auto"

@@ -60,7 +60,8 @@ def _lines(plan: Plan, trainer: TrainerNumbers, engine: EngineNumbers) -> Iterat
         return
     each = "" if split.gpus_per_engine == 1 else f" of {split.gpus_per_engine} GPUs"
     engines = f"{split.engines} engine{'s' if split.engines > 1 else ''}{each}"
-    place = "on the same GPU" if split.is_shared else f"with --gpu-memory-utilization {split.engine_memory_share:g}"
+    shared = "on the same GPU" if split.trainer_gpus == 1 else "on the same GPUs"
+    place = shared if split.is_shared else f"with --gpu-memory-utilization {split.engine_memory_share:g}"
     yield f"split: {split.trainer_gpus} to train ({_launch(split.launch)}), {engines} {place}"
     yield (
         f"training: {trainer.seconds:.3g} s a step, {trainer.tokens_per_s:,.0f} tokens/s computed, rows of"

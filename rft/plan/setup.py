@@ -81,6 +81,7 @@ class Setup:
     engine_args: tuple[str, ...]
     staleness: int
     work: Workload
+    sleeps: bool = False  # engines give their memory back while the policy trains: engine.sleep
 
     @property
     def tensor_parallel(self) -> int:
@@ -138,6 +139,7 @@ def setup_of(config: RunConfig, model: Path | None, tokens: dict[str, int]) -> t
         max_model_len=engine.max_model_len,
         max_concurrent=engine.max_concurrent,
         gpu_memory_share=engine.gpu_memory_share,
+        sleeps=engine.sleep,
         engine_args=tuple(engine.args),
         staleness=training.staleness,
         work=work,

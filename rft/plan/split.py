@@ -1,7 +1,8 @@
 """Who gets which GPU: every split that fits is tried, and the one with the shortest step is taken.
 
 With training.staleness training and sampling overlap, and the best split balances them; without it they take turns, and
-the best one has the smallest sum. One GPU is shared: vLLM takes its share, the trainer what is left.
+the best one has the smallest sum. One GPU is shared: vLLM takes its share, the trainer what is left; with engine.sleep
+all GPUs are shared, and what each holds for good must fit beside the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from rft.plan.memory import Launch, TrainerMemory, trainer_memory
 from rft.plan.setup import Setup
 from rft.plan.speed import SamplingSpeed, TrainingSpeed, sampling_speed, training_speed
 
+ASLEEP_GIB = 1.5  # of a GPU that a sleeping vLLM keeps: its CUDA context, graphs and buffers. Not measured
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -29,7 +32,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """GPUs that train, and engines beside them; shared: the engine is on a GPU that trains."""
+    """GPUs that train, and engines beside them; shared: engines are on GPUs that train."""
 
     num_trainers: int
     num_engines: int
@@ -94,7 +97,11 @@ def _layouts(ask: Ask, num_trainers: int) -> Iterator[Layout]:
     num_engines = (num_gpus - num_trainers) // ranks
     is_shared = num_trainers == num_gpus and ranks == 1
     is_wanted = ask.trainer_gpus in (None, num_trainers)
-    if is_wanted and (num_engines > 0 or (is_shared and (num_gpus == 1 or ask.trainer_gpus is not None))):
+    if ask.setup.sleeps:
+        if is_wanted and num_trainers == num_gpus >= ranks:
+            for launch in _launches(ask, num_trainers):
+                yield Layout(num_trainers, num_gpus // ranks, launch, is_shared=True)
+    elif is_wanted and (num_engines > 0 or (is_shared and (num_gpus == 1 or ask.trainer_gpus is not None))):
         for launch in _launches(ask, num_trainers):
             yield Layout(num_trainers, max(1, num_engines), launch, is_shared)
 
@@ -125,8 +132,12 @@ def why_not(setup: Setup, launch: Launch) -> str:
 def _memories(ask: Ask, layout: Layout) -> tuple[TrainerMemory, float, EngineMemory]:
     setup, gpu = ask.setup, ask.cluster.gpu
     share = setup.gpu_memory_share if layout.is_shared else OWN_GPU_SHARE
+    trainer = trainer_memory(setup, layout.launch, layout.num_trainers)
     limit = gpu.memory_gib * 2**30 * (1 - share if layout.is_shared else 1)
-    return trainer_memory(setup, layout.launch, layout.num_trainers), limit, engine_memory(setup, gpu, share)
+    if setup.sleeps:  # the engine wakes beside what the trainer keeps, the rest is there for a step
+        asleep = gpu.memory_gib * 2**30 - ASLEEP_GIB * 2**30
+        limit = min(asleep, limit + trainer.total - trainer.state)
+    return trainer, limit, engine_memory(setup, gpu, share)
 
 
 def _fits(ask: Ask, layout: Layout) -> bool:
