@@ -76,7 +76,7 @@ def test_a_server_that_answers_all_the_time_is_not_asked_whether_it_was_restarte
         for _ in range(20):
             await engine.generate([1], sampling(), "r")
 
-    assert tell(story).num_looks == 1, "after the pause before the first"
+    assert tell(story).num_looks == 1, "at the start"
 
 
 def test_a_server_restarted_before_its_first_weights_has_lost_nothing() -> None:
@@ -100,6 +100,22 @@ def test_a_server_that_stops_saying_is_not_taken_for_another() -> None:
             await engine.load_metrics()
 
     tell(story, COUNTED.format("812.0"))
+
+
+@pytest.mark.parametrize("silent", ["", "vllm:num_requests_running 0.0\n"])
+def test_a_server_that_says_nothing_of_itself_is_another_one_after_a_connection_broke(silent: str) -> None:
+    """It may be; what it then samples could be of its first weights."""
+
+    async def story(engine: VllmEngine, server: FaultyVllm) -> None:
+        await engine.load(PublishedWeights(7, Path("v7")))
+        assert (await engine.generate([1], sampling(), "r")).policy_version == 7
+        server.replies = ["drop", 200]
+        with pytest.raises(EngineBehindError):
+            await engine.generate([1], sampling(), "r")
+        await engine.load(PublishedWeights(7, Path("v7")))
+        assert (await engine.generate([1], sampling(), "r")).policy_version == 7
+
+    tell(story, silent)
 
 
 def test_adapters_are_registered_again_with_a_restarted_server() -> None:

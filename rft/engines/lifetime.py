@@ -1,8 +1,9 @@
 """Whether a server is still the process that was given its weights: one that was restarted has its first ones again.
 
 A server says in /metrics when its process began; one with several API processes does not, but its counters only fall
-when it starts anew. Between two signs of life less than `_RESTART_S` apart nothing can have been restarted, so that
-only after a pause a reply must be followed by a look.
+when it starts anew; of one that says neither, nobody can tell. Between two signs of life less than `_RESTART_S` apart
+nothing can have been restarted, so that only after a pause, or a connection that broke, a reply must be followed by a
+look.
 """
 
 from __future__ import annotations
@@ -30,17 +31,23 @@ class Lifetime:
         """A request is being sent."""
         self.is_doubtful = self.is_doubtful or time.monotonic() - self._heard > _RESTART_S
 
+    def miss(self) -> None:
+        """A connection broke, or there was none."""
+        self.is_doubtful = True
+
     def hear(self) -> None:
         """A request was answered."""
         if not self.is_doubtful:
             self._heard = time.monotonic()
 
     def look(self, values: dict[str, float]) -> bool:
-        """Whether what `read_gauges` found is of the process that it was of the last time."""
-        self._heard, self.is_doubtful = time.monotonic(), False
-        if not values:
-            return True  # it does not say; so nobody can tell
+        """Whether what `read_gauges` found is, for certain, of the process that it was of the last time."""
+        was_doubtful, self._heard, self.is_doubtful = self.is_doubtful, time.monotonic(), False
+        if _STARTED not in values and _SEEN not in values:
+            return not was_doubtful
         before, self._known = self._known, values
+        if not before:
+            return not was_doubtful
         if _STARTED in before and _STARTED in values:
             return before[_STARTED] == values[_STARTED]
         return values.get(_SEEN, 0.0) >= before.get(_SEEN, 0.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -249,14 +250,12 @@ class EnginePool:
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` gives, asked again after an outage. Raises what it raises, and what a long outage ends with."""
         for _ in range(_MAX_OUTAGES):
-            try:
+            with suppress(EngineAwayError):
                 return await ask()
-            except EngineAwayError:
-                if not all(member.is_away for member in self.health):
-                    raise
-            self.outages.report(self._place_of_all, self._caretaker.hurry, self._limit)
-            await self.outages.over(self._place_of_all)
-            self._deaths.clear()  # all of them at once: of the network, or of a machine
+            if all(member.is_away for member in self.health):
+                self.outages.report(self._place_of_all, self._caretaker.hurry, self._limit)
+                await self.outages.over(self._place_of_all)
+                self._deaths.clear()  # all of them at once: of the network, or of a machine
         raise EngineError(f"{self._place_of_all} went away {_MAX_OUTAGES} times at one request", retryable=True)
 
     async def _are_all_away(self) -> bool:

@@ -103,6 +103,7 @@ class VllmEngine:
                 f"the server's context is {served['max_model_len']} tokens, not {self.max_model_len}",
                 cure="lower engine.max_model_len, or start the server with a larger --max-model-len",
             )
+        await self.load_metrics()  # which process it is now
         if self._config.sleep and json.loads(await self._send("GET", "/is_sleeping"))["is_sleeping"]:
             await self.wake()  # a run that died had put a given server to sleep
         if self._transport is not None:
@@ -322,6 +323,7 @@ class VllmEngine:
                         async with self._http.request(method, path.lstrip("/"), json=body) as response:
                             content = await response.read()
                     except (aiohttp.ClientError, OSError) as error:
+                        self._lifetime.miss()
                         await self._check_alive(0.5)
                         failure, is_away = f"{type(error).__name__} {error}".strip(), self._url is not None
                     else:
