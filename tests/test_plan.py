@@ -593,6 +593,8 @@ def test_the_cluster_configs_hold_what_they_say(
     tmp_path: Path, name: str, gpus: str, trainers: int, tree: dict[str, Any], overrides: list[str], launch: str
 ) -> None:
     config = load_config(ROOT / "configs" / "cluster" / f"{name}.yaml", overrides)
+    if not (ROOT / config.data.train).exists():
+        pytest.skip(f"{config.data.train} is missing: run scripts/prepare_icd10")
     plan = make_plan(config, gpus, model=a_model(tmp_path / "model", tree), trainer_gpus=trainers)
     assert plan.fits and plan.split is not None and plan.engine is not None, plan.problems
     assert plan.split.launch == launch and plan.split.engines * plan.engine.concurrency > 150
