@@ -204,6 +204,7 @@ def test_the_way() -> None:
     assert way("lib/url.c", "./lib/url.c:3\n./b.c:1\n") == 1.0
     assert way("lib/url.c\nmade/up.c", "./lib/url.c:3") == 0.75
     assert way("", "./lib/url.c:3") == way("../", "./lib/url.c:3") == 0.5
+    assert way("(no output)", "(no output)") == way("Is a directory", "grep: .: Is a directory\n[exit code 2]") == 0.5
 
 
 def test_graders_are_fast_on_hostile_text() -> None:
