@@ -120,7 +120,8 @@ def test_every_engine_of_several_is_probed(rig: Rig, folder: Path) -> None:
     pool = EnginePool([rig.engine, second])
     rig.policy.move(0.3)
     weights = rig.sync.publish(rig.policy, 1)
-    rig.load(weights)
+    rig.runner.run(pool.load(weights))
+    rig.runner.run(second.load(PublishedWeights(1, folder)))  # says that it has them
     with pytest.raises(SyncError, match="log-probabilities differ"):
         rig.runner.run(rig.sync.probe(rig.policy, pool, PROMPTS))
     rig.runner.run(second.load(weights))
