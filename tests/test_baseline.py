@@ -203,6 +203,7 @@ def test_a_split_without_rollouts_names_those_there_are(tmp_path: Path) -> None:
         baseline_of(store, "test")
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_folder(tmp_path: Path) -> None:
     store = a_run(tmp_path, steps=1, num_rollouts=4)
     shown = rft("baseline", str(store.path))

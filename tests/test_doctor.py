@@ -249,6 +249,7 @@ def test_looking_at_a_step_costs_little(tmp_path: Path) -> None:
 # --- as a person reads it ---
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     ill, well = a_store(tmp_path / "ill", change=failing_tool), a_store(tmp_path / "well")
     done = rft("doctor", str(ill.path))

@@ -54,7 +54,10 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture(params=ADAPTERS)
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name == "mcp" else name for name in ADAPTERS]  # it is a program
+
+
+@pytest.fixture(params=PARAMS)
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Adapter]:
     found = ADAPTERS[request.param]
     (tmp_path / "docs").mkdir()

@@ -60,6 +60,7 @@ def test_the_base_model_leaves_a_run_folder_like_a_trainings(
     assert "validation at step 0: grade" in told and str(path) in told
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_sampled_with_its_own_weights(tmp_path: Path) -> None:
     """They answer as the training's own evaluation of that step did, and the base model does not."""
     config = a_config(tmp_path)

@@ -108,6 +108,7 @@ def test_a_run_says_what_protects_its_graders(tmp_path: Path, capsys: pytest.Cap
     assert event["message"] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
     first, second = (RunStore.open(run_job(a_config(tmp_path), run_id="same")), None)
     (tmp_path / "runs" / "same").rename(tmp_path / "runs" / "first")

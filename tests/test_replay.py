@@ -42,6 +42,7 @@ def training_rows(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_only_samples_fills_the_folder_and_can_be_trained_on(tmp_path: Path) -> None:
     config = a_config(tmp_path, training=TRAINING)
     sampled = run_sampling(config, run_id="sampled")

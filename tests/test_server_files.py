@@ -349,6 +349,7 @@ def test_parts_have_the_order_that_is_asked_for(configured: Callable[..., Server
                 late()
 
 
+@pytest.mark.slow
 def test_uploads_are_cancelled_refused_and_expire(configured: Callable[..., ServerConfig], tmp_path: Path) -> None:
     config = configured(max_parts_bytes=1000)
     with serving(config) as url:
@@ -460,6 +461,7 @@ def test_a_full_disk_is_said_once_and_nothing_is_left(tmp_path: Path) -> None:
         client.files.create(file=("c", b"x" * 1_000_000), purpose="user_data")  # there is room for it again
 
 
+@pytest.mark.slow
 def test_a_server_killed_while_files_arrive_keeps_the_whole_ones(tmp_path: Path) -> None:
     with own_process(tmp_path) as (client, server):
         kept = client.files.create(file=("a.jsonl", ROW), purpose="fine-tune")

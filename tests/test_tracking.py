@@ -73,6 +73,7 @@ def warnings(run: Path) -> list[str]:
     return [event["message"] for event in RunStore.open(run).events() if "tracker" in event["message"]]
 
 
+@pytest.mark.slow
 def test_a_tracker_gets_every_row_of_a_run_and_of_its_resumption(tmp_path: Path, trackio: Path) -> None:
     tracker = {"type": "trackio", "project": "ours", "dir": str(trackio)}
     run = run_job(a_config(tmp_path, tracker, steps=1))

@@ -354,6 +354,7 @@ def test_sigusr1_says_who_waits_for_what_in_every_phase(tmp_path: Path) -> None:
     assert [Live.model_validate(event["data"]).num_in_flight for event in events] == [4, 4, 0]
 
 
+@pytest.mark.slow
 def test_a_whole_run_answers_and_goes_on(tmp_path: Path) -> None:
     """Signals all through a run of three steps: it ends as if there had been none."""
     run, is_over, num_sent = tmp_path / "runs" / "signalled", threading.Event(), 0
