@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,16 @@ def test_a_run_starts_from_anothers_weights(
     assert all(torch.equal(again_start[name], ends[0][name]) for name in ends[0])
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """How many threads a matrix product gets depends on the machine's load, and so do its last bits."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_first_grades_are_those_of_the_final_policy(tmp_path: Path) -> None:
     """Validation at step 0 of the second run samples as the first one's final policy does: same prompts, same gap."""
     tree = a_tree(tmp_path, evaluation={"every": 1, "validation_items": 3, "rollouts_per_item": 4})
