@@ -118,6 +118,18 @@ def test_a_server_that_says_nothing_of_itself_is_another_one_after_a_connection_
     tell(story, silent)
 
 
+def test_a_server_that_says_nothing_of_itself_is_believed_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rft.engines.lifetime._RESTART_S", 0.0)  # every pause is long enough for a restart
+
+    async def story(engine: VllmEngine, server: FaultyVllm) -> None:
+        await engine.load(PublishedWeights(7, Path("v7")))
+        for _ in range(3):
+            assert (await engine.generate([1], sampling(), "r")).policy_version == 7
+        assert server.loads == ["v7"]
+
+    tell(story, "")
+
+
 def test_adapters_are_registered_again_with_a_restarted_server() -> None:
     async def story(engine: VllmEngine, server: FaultyVllm) -> None:
         await engine.load_metrics()

@@ -161,7 +161,7 @@ class Caretaker:
                 self.enter(member, Health.DOWN, error)
 
     async def _pause(self, wait_s: float) -> None:
-        """Until the engine is tried again; none is left to wait for where all are out."""
+        """Until the engine is to be tried again: its time has come, or somebody hurries."""
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._hurried.wait()

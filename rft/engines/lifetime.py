@@ -1,9 +1,9 @@
 """Whether a server is still the process that was given its weights: one that was restarted has its first ones again.
 
 A server says in /metrics when its process began; one with several API processes does not, but its counters only fall
-when it starts anew; of one that says neither, nobody can tell. Between two signs of life less than `_RESTART_S` apart
-nothing can have been restarted, so that only after a pause, or a connection that broke, a reply must be followed by a
-look.
+when it starts anew; one that says neither is believed until a connection to it breaks. Between two signs of life less
+than `_RESTART_S` apart nothing can have been restarted, so that only after a pause, or a connection that broke, a reply
+must be followed by a look.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Lifetime:
 
     def __init__(self) -> None:
         self.is_doubtful = False  # it was silent for so long that it may have been restarted
+        self._has_broken = False  # since it was last looked at, or given its weights
         self._heard = 0.0
         self._known: dict[str, float] = {}
 
@@ -33,7 +34,11 @@ class Lifetime:
 
     def miss(self) -> None:
         """A connection broke, or there was none."""
-        self.is_doubtful = True
+        self.is_doubtful = self._has_broken = True
+
+    def trust(self) -> None:
+        """It has just been given its weights, whichever process it is."""
+        self._has_broken = False
 
     def hear(self) -> None:
         """A request was answered."""
@@ -41,13 +46,14 @@ class Lifetime:
             self._heard = time.monotonic()
 
     def look(self, values: dict[str, float]) -> bool:
-        """Whether what `read_gauges` found is, for certain, of the process that it was of the last time."""
-        was_doubtful, self._heard, self.is_doubtful = self.is_doubtful, time.monotonic(), False
+        """Whether what `read_gauges` found is, as far as can be told, of the process that it was of the last time."""
+        has_broken, self._has_broken = self._has_broken, False
+        self._heard, self.is_doubtful = time.monotonic(), False
         if _STARTED not in values and _SEEN not in values:
-            return not was_doubtful
+            return not has_broken
         before, self._known = self._known, values
         if not before:
-            return not was_doubtful
+            return not has_broken
         if _STARTED in before and _STARTED in values:
             return before[_STARTED] == values[_STARTED]
         return values.get(_SEEN, 0.0) >= before.get(_SEEN, 0.0)

@@ -185,6 +185,7 @@ class VllmEngine:
                 await self._forget_old_weights()
                 self.policy_version = weights.version
         self._has_loaded, self._has_lost_weights = True, False
+        self._lifetime.trust()
 
     async def _reload(self, weights: PublishedWeights) -> None:
         if weights.kind == "transfer":
