@@ -736,6 +736,7 @@ def test_two_servers_are_launched_and_one_may_die(folder: Path, tmp_path: Path) 
     async def story() -> None:
         try:
             await pool.start()
+            assert len(pool.members) == 2 and (tmp_path / "engine-1.log").exists()
             assert {answer.policy_version for answer in await ask(0)} == {0}
             await pool.load(PublishedWeights(1, changed_weights(folder, tmp_path / "v1", 1.5)))
             asking = asyncio.create_task(ask(16))
@@ -748,8 +749,6 @@ def test_two_servers_are_launched_and_one_may_die(folder: Path, tmp_path: Path) 
             await pool.close()
 
     asyncio.run(asyncio.wait_for(story(), 300))
-    logs = [tmp_path / name for name in ("engine.log", "engine-1.log")]
-    assert all("Starting vLLM server" in log.read_text() for log in logs)
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from ranks import CASES, Result, run_cases, train_case
 from test_policy import model_folder
 
+from rft.cluster.machine import free_port
 from rft.errors import ConfigError
 from rft.trainers import sharding
 from rft.trainers.ranks import build_accelerator
@@ -103,13 +105,30 @@ def test_accelerate_launches_with_each_file_up_to_the_first_collective(path: Pat
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     script = tmp_path / "first.py"
     script.write_text(FIRST_COLLECTIVE)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), str(script)]
+    launch = yaml.safe_load(path.read_text())
+    num_nodes, num_ranks = launch.get("num_machines", 1), launch["num_processes"]
+    if num_nodes > 1:
+        num_ranks = num_nodes  # what is tested is how the nodes meet
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    command += ["--num_processes", str(num_ranks)]
+    if num_nodes > 1:
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port("127.0.0.1", 0))]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    num_ranks = yaml.safe_load(path.read_text())["num_processes"]
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
-    assert lines == [f"rank {rank} of {num_ranks}: {num_ranks} {path.stem == 'fsdp2'}" for rank in range(num_ranks)]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--machine_rank", str(index), str(script)], env=env, stdout=PIPE, stderr=PIPE, text=True
+        )
+        for index in range(num_nodes)
+    ]
+    try:
+        outputs = [node.communicate(timeout=180) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0] * num_nodes, [stderr[-3000:] for _, stderr in outputs]
+    lines = sorted(line for stdout, _ in outputs for line in stdout.splitlines() if line.startswith("rank"))
+    is_sharded = "fsdp_config" in launch
+    assert lines == [f"rank {rank} of {num_ranks}: {num_ranks} {is_sharded}" for rank in range(num_ranks)]
 
 
 def test_processes_that_do_not_form_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
