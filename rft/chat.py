@@ -17,6 +17,7 @@ from typing import Any
 
 from rft.calls import Dialect, dialect_of, parse_calls, spell_calls
 from rft.errors import UserError
+from rft.frames import Frames, Written
 from rft.types import Item, Message, ToolCall, ToolResult
 
 _NUM_KEPT_OPENINGS = 1024
@@ -80,6 +81,7 @@ class Chat:
         self._core = _core_of(tokenizer, self._end)
         self._openings: OrderedDict[int, _Opening] = OrderedDict()
         self._num_ends: dict[Any, int] = {}
+        self._frames = Frames(self._end)
 
     @classmethod
     def from_folder(cls, path: Path) -> Chat:
@@ -159,20 +161,31 @@ class Chat:
         `messages` are all messages after the row's own: the model's and the world's (tool results, replies) in turn,
         the last ones being those to add. A turn cut by its token limit gets its missing end-of-turn id first.
         """
-        opening, tools = self._opening(item), self._template_tools(item)
         num_replies = _num_replies(messages)
-        history = opening.messages + self._chat_messages(messages[:-num_replies])
-        replies = self._chat_messages(messages[-num_replies:])
+        before = messages[:-num_replies]
+        spoken, *replies = self._chat_messages(messages[-num_replies - 1 :])
+        # Mistral's template writes system texts and tools into the last message
+        place = bool(item.tools), len(before) > 1, *(message.role for message in item.messages)
+        written = self._frames.written(place, spoken, replies, lambda replies: self._rendered(item, before, replies))
+        ids = self._encode(written.text)
+        if not written.is_fork and not (sampled_ids and sampled_ids[-1] in self.stop_token_ids):
+            ids = [self.end_of_turn, *ids]
+        return Continuation(ids, written.is_fork)
+
+    def _rendered(self, item: Item, before: list[Message], replies: list[dict[str, Any]]) -> Written:
+        """What the template adds for `replies` after the messages `before` them.
+
+        Templates may decorate the last assistant message (Qwen3 adds an empty <think>), so texts are not compared: what
+        is added follows the end of the last assistant message, found by counting ends of turns.
+        """
+        opening, tools = self._opening(item), self._template_tools(item)
+        history = opening.messages + self._chat_messages(before)
         after = self._render(history + replies, tools, prompt=True)
-        # Templates may decorate the last assistant message (Qwen3 adds an empty <think>), so texts are not compared:
-        # the suffix is what follows the end of the last assistant message, found by counting ends of turns.
         parts = after.split(self._end)
         num_ends = self._count_ends(history, replies, tools, len(parts) - 1)
         if not after.startswith(opening.text) or not 0 < num_ends < len(parts):
-            return Continuation(self._encode(after), is_fork=True)
-        suffix = self._encode(self._end.join(parts[num_ends:]))
-        has_ended = bool(sampled_ids) and sampled_ids[-1] in self.stop_token_ids
-        return Continuation(suffix if has_ended else [self.end_of_turn, *suffix], is_fork=False)
+            return Written(after, is_fork=True)
+        return Written(self._end.join(parts[num_ends:]), is_fork=False)
 
     def _count_ends(
         self,
