@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from rft.errors import StorageError, UserError
 from rft.files import Appender, append_apart, finite, has_open, parsed, read_json, replace, rows, storing
@@ -136,7 +137,7 @@ class RunStore:
     def append_rollout(self, rollout: Rollout) -> None:
         """Append to the file of its step, and its place to the index beside it."""
         path = self.rollout_path(rollout.step)
-        offset = self._append(path, json.dumps(rollout.model_dump()))
+        offset = self._append(path, _line(rollout))
         self._append(path.with_suffix(".idx"), f"{rollout.id} {offset}")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -342,6 +343,14 @@ class RunStore:
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
         self.lock()
         replace(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _line(rollout: Rollout) -> str:
+    """The rollout in ASCII, so that no letter of a model's or a tool's ends a line."""
+    try:
+        return rollout.model_dump_json(ensure_ascii=True)
+    except PydanticSerializationError:  # half a character, which tools can send as \ud800
+        return json.dumps(rollout.model_dump())
 
 
 def _indexed(path: Path, rollout_id: str) -> dict[str, Any] | None:

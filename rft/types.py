@@ -21,7 +21,7 @@ Split = Literal["train", "validation", "test"]
 class Record(BaseModel):
     """A value that crosses disk or wire: unknown keys are errors, never ignored."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class ToolCall(Record):

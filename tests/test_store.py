@@ -76,6 +76,16 @@ def test_rows_come_back_as_written(store: RunStore) -> None:
     assert (event["level"], event["message"], event["data"]) == ("warn", "careful", {"x": None})
 
 
+def test_numbers_and_letters_of_a_rollout_come_back_exactly(store: RunStore) -> None:
+    written = rollout(text="é \u2028 \x85 中")
+    written.turns[0].logprobs = [-0.0, 0.1 + 0.2, -1e-7, -1e22, -5e-324, -math.inf]
+    written.environment = {"big": 2**70, "nested": [{"x": None}, "é", True]}
+    store.append_rollout(written)
+    assert list(store.rollouts()) == [written]
+    line = store.rollout_path(1).read_bytes()
+    assert line.isascii() and line.count(b"\n") == 1
+
+
 def test_a_rollout_made_again_comes_once_as_made_last(store: RunStore) -> None:
     store.append_rollout(rollout(text="first"))
     store.append_rollout(rollout(text="second"))
