@@ -1,6 +1,7 @@
 """Following a submitted job to its end: says what changes, lets a requeued job start at once, cancels it when asked.
 
-Asks Slurm every second, and bears a controller that does not answer for some minutes.
+Asks Slurm every second, sooner once the run has said its last word, and bears a controller that does not answer for
+some minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from rft.errors import ClusterError
 from rft.files import replace
 
 _POLL_S = 1.0
+_LOOK_S = 0.1  # between two looks at whether node 0 has written how it ended
+_SOON_S = 0.25  # after that
 _SAY_AGAIN_S = 60.0  # while nobody else gives a sign of life
 _SETTLE_S = 10.0  # a job that starts before the end of its last attempt has come in is taken to have ended itself
 _SILENCE_S = 600.0  # of Slurm, before we give up
@@ -76,7 +79,18 @@ def _until_over(run: Path, job_id: str, say: Callable[[str], None]) -> QueuedJob
         if job is None or job.is_over:
             return job
         hurry.look(job, now)
-        time.sleep(_POLL_S)  # Slurm tells nobody: it has to be asked
+        _wait(run, job_id, job)
+
+
+def _wait(run: Path, job_id: str, job: QueuedJob) -> None:
+    """Until Slurm may have news. It tells nobody: it has to be asked."""
+    attempts = [] if job.is_waiting else attempts_of(run, job_id)
+    deadline = time.monotonic() + _POLL_S
+    while time.monotonic() < deadline:
+        if attempts and attempts[-1].ended(0) is not None:
+            time.sleep(_SOON_S)
+            return
+        time.sleep(_LOOK_S)
 
 
 def _write(run: Path, job_id: str, words: str) -> None:
