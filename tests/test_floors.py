@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.plain rft.lookout rft.threads",
+    0: "rft rft.types rft.errors rft.progress rft.waits rft.calls rft.frames rft.plain rft.lookout rft.threads",
     1: "rft.data rft.chat rft.wire rft.sandbox rft.metrics rft.breakdown rft.files rft.live rft.supervise rft.tracking "
     "rft.percentiles rft.redaction rft.listener rft.figures rft.html rft.tables",
     2: "rft.envs rft.graders rft.bundle",

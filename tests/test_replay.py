@@ -79,7 +79,7 @@ def test_what_a_run_does_not_hold_is_said(tmp_path: Path, changes: dict[str, obj
     short = RunStore.open(sampled)
     if "seed" in changes:  # rows that this data does not have
         path = short.rollout_folder / "step_000001.jsonl"
-        path.write_text(path.read_text().replace('"item_id": "rows-', '"item_id": "other-'))
+        path.write_text(path.read_text().replace('"item_id":"rows-', '"item_id":"other-'))
     with pytest.raises(UserError, match=words):
         run_job(a_config(tmp_path, **changes), run_id="trained", replay=sampled)
 

@@ -324,7 +324,7 @@ def test_a_page_reads_its_own_items_and_no_others(tmp_path: Path) -> None:
     assert second is not None and second.data[0]["id"] != first.data[0]["id"]
     lines = path.read_bytes().splitlines(keepends=True)
     wanted = rollout_id_of(second.data[0]["id"]).encode()
-    kept = [line if line.startswith(b'{"id": "' + wanted) else b"x" * (len(line) - 1) + b"\n" for line in lines]
+    kept = [line if line.startswith(b'{"id":"' + wanted) else b"x" * (len(line) - 1) + b"\n" for line in lines]
     assert sum(line[0] == ord("{") for line in kept) == 1
     path.write_bytes(b"".join(kept))
     assert page(first.data[0]["id"]) == second
