@@ -31,18 +31,24 @@ PARAMS = SamplingParams(max_tokens=8, temperature=1.0, seed=0, stop_token_ids=()
 class Dying(ScriptedEngine):
     """Answers until `is_dead`, then fails for good; once alive again it has no weights but its first ones.
 
-    is_away: it cannot be reached.
+    is_away: it cannot be reached. is_restarted: it was dead for a moment, which the next request finds out.
     """
 
-    is_dead = is_away = False
+    is_dead = is_away = is_restarted = False
 
     async def generate(self, prompt_ids, params, rollout_id):  # type: ignore[no-untyped-def]
         completion = await super().generate(prompt_ids, params, rollout_id)
         self._check()
+        self._check_weights()
         return completion
+
+    async def score(self, ids: list[int], start: int) -> list[float]:
+        self._check_weights()
+        return await super().score(ids, start)
 
     async def load(self, weights: PublishedWeights) -> None:
         self._check()
+        self.is_restarted = False
         await super().load(weights)
 
     async def load_metrics(self):  # type: ignore[no-untyped-def]
@@ -54,6 +60,11 @@ class Dying(ScriptedEngine):
             raise EngineAwayError("the server cannot be reached")
         if self.is_dead:
             raise EngineError("the server died")
+
+    def _check_weights(self) -> None:
+        if self.is_restarted:
+            self.policy_version = -1
+            raise EngineBehindError("it was restarted")
 
 
 def run(story: Coroutine[Any, Any, T]) -> T:
@@ -366,6 +377,44 @@ def test_a_server_that_says_it_was_restarted_loads_and_the_request_goes_on_elsew
     run(story())
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_when_all_were_restarted_what_was_asked_of_them_waits_until_they_have_loaded(size: int) -> None:
+    pool, engines = a_pool(size)
+
+    def restart() -> None:
+        for engine in engines:
+            engine.is_restarted = True
+
+    async def story() -> None:
+        await pool.load(version(1))
+        restart()
+        assert (await pool.generate([5, 6], PARAMS, "r")).policy_version == 1
+        restart()
+        assert (await pool.each(lambda engine: engine.score([5, 6, 7], 1)))[0] == [-0.5, -0.5]
+        await until(lambda: states(pool) == [Health.SERVING] * size)
+        await pool.close()
+
+    run(story())
+
+
+def test_an_engine_that_loses_its_weights_again_and_again_ends_the_request() -> None:
+    pool, (engine,) = a_pool(1)
+
+    async def story() -> None:
+        async def ask(engine: Engine) -> None:
+            engine.is_restarted = True  # type: ignore[attr-defined]
+            await engine.score([5, 6], 1)
+
+        await pool.load(version(1))
+        with pytest.raises(EngineError, match="lost the engine 0 3 times at one request"):
+            await pool.each(ask)
+        await until(lambda: states(pool) == [Health.SERVING])
+        assert engine.policy_version == 1
+        await pool.close()
+
+    run(story())
+
+
 def test_newer_weights_that_come_while_an_engine_is_brought_back_are_loaded_too() -> None:
     pool, engines = a_pool(2)
 
@@ -555,7 +604,7 @@ def test_a_prompt_at_which_the_only_engine_dies_again_and_again_fails() -> None:
 
     async def story() -> None:
         supervisor = asyncio.create_task(supervise())
-        with pytest.raises(EngineError, match="went away 3 times at one request") as failure:
+        with pytest.raises(EngineError, match=r"lost the engine.* 3 times at one request") as failure:
             await pool.generate([5, 6], PARAMS, "r")
         assert failure.value.retryable, "its rollout is discarded, the run goes on"
         supervisor.cancel()

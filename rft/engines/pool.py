@@ -22,7 +22,7 @@ from rft.engines.placement import choose, is_swamped, prompt_key
 from rft.engines.remote import Sampler
 from rft.envs.base import Environment
 from rft.envs.outage import OutageLimit, Outages
-from rft.errors import EngineAwayError, EngineError
+from rft.errors import EngineAwayError, EngineBehindError, EngineError
 
 T = TypeVar("T")
 
@@ -100,7 +100,9 @@ class EnginePool:
         return await self._patiently(lambda: self._generate(prompt_ids, params, rollout_id))
 
     async def _generate(self, prompt_ids: list[int], params: SamplingParams, rollout_id: str) -> Completion:
-        """As `generate` does, and raises EngineAwayError when no engine can be reached."""
+        """As `generate` does. Raises EngineAwayError when no engine can be reached, EngineBehindError when one has
+        lost its weights: neither says anything of the request.
+        """
         tried: list[Member] = []
         while True:
             home = await self._place(prompt_ids, rollout_id, tried)
@@ -109,6 +111,8 @@ class EnginePool:
             except EngineError as error:
                 tried.append(home.member)
                 await self._note(home, error)
+                if isinstance(error, EngineBehindError):
+                    raise
                 if len(tried) > self._max_moves and not await self._are_all_away():
                     where = ", ".join(member.name for member in tried)
                     raise EngineError(f"{error.problem} (tried: {where})", retryable=True, cure=error.cure) from error
@@ -208,7 +212,7 @@ class EnginePool:
                 found.append(answer)
         if not found:
             await self._are_all_away()
-            raise min(failures, key=lambda failure: isinstance(failure, EngineAwayError))
+            raise min(failures, key=_patience)
         return found
 
     async def sleep(self) -> None:
@@ -248,15 +252,18 @@ class EnginePool:
             self.policy_version = weights.version
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` gives, asked again after an outage. Raises what it raises, and what a long outage ends with."""
+        """What `ask` gives, asked again after an outage, and of an engine that had to load its weights again.
+
+        Raises what `ask` does, and what a long outage ends with.
+        """
         for _ in range(_MAX_OUTAGES):
-            with suppress(EngineAwayError):
+            with suppress(EngineAwayError, EngineBehindError):
                 return await ask()
             if all(member.is_away for member in self.health):
                 self.outages.report(self._place_of_all, self._caretaker.hurry, self._limit)
                 await self.outages.over(self._place_of_all)
                 self._deaths.clear()  # all of them at once: of the network, or of a machine
-        raise EngineError(f"{self._place_of_all} went away {_MAX_OUTAGES} times at one request", retryable=True)
+        raise EngineError(f"lost {self._place_of_all} {_MAX_OUTAGES} times at one request", retryable=True)
 
     async def _are_all_away(self) -> bool:
         """Asks those of which nobody knows, where some are away."""
@@ -285,6 +292,13 @@ class EnginePool:
 
     def _asked(self) -> list[Member]:
         return [member for member in self.health if self._caretaker.is_askable(member)]
+
+
+def _patience(failure: EngineError) -> int:
+    """Of failures of all engines the one to go by is the least: who has to load serves again soonest."""
+    if isinstance(failure, EngineBehindError):
+        return 0
+    return 2 if isinstance(failure, EngineAwayError) else 1
 
 
 def outages_of(engine: Sampler, environment: Environment | None) -> Outages | None:
