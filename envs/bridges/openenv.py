@@ -11,10 +11,9 @@ import asyncio
 import json
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from rft.envs.base import Session, ToolSpecs
@@ -25,6 +24,9 @@ from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError, UserError
 from rft.types import Item, ToolCall, ToolResult
 from rft.wire import connection_problem, safe_url
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _TOOL = "step"
 _WHERE = "environment.url"
@@ -140,11 +142,15 @@ class OpenEnvEnvironment:
 
     def _client(self) -> aiohttp.ClientSession:
         """One for all sessions, made when used: it belongs to a running loop. Nothing travels between them."""
+        import aiohttp
+
         if self._http is None:
             self._http = aiohttp.ClientSession(headers=self._headers, cookie_jar=aiohttp.DummyCookieJar())
         return self._http
 
     async def _connect(self) -> Connection:
+        import aiohttp
+
         for _ in range(_MAX_OUTAGES):
             await self.outages.over(safe_url(self.http_url))
             try:
@@ -159,6 +165,8 @@ class OpenEnvEnvironment:
         raise failure
 
     async def _action_schema(self) -> dict[str, Any]:
+        import aiohttp
+
         where, cure = safe_url(self.http_url), "start the OpenEnv server, correct the address, or set action_schema"
         try:
             async with (
