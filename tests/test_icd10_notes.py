@@ -305,11 +305,26 @@ def test_vectors_are_kept_by_content(prepared: Path, table: Table, tmp_path: Pat
     assert vectors_of(changed, prepared / "model", tmp_path, lambda line: None) != name
 
 
-def test_the_order_of_batches_does_not_show(prepared: Path, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_in_the_order_of_the_texts_and_none_is_computed_twice(
+    prepared: Path, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vectors, "_BATCH", 2)
+    monkeypatch.setattr(vectors, "_NUM_IN_PART", 2)
     embedder, texts = Embedder(prepared / "model"), list(table.descriptions.values())
     expected = np.concatenate([embedder.vectors([text]) for text in texts])
-    np.testing.assert_allclose(vectors.embed(texts, embedder, lambda line: None), expected, atol=2e-3)
+    num_parts, said = -(-len(texts) // 2), list[str]()
+
+    def stop_at_the_second(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vectors.embed(texts, embedder, tmp_path, stop_at_the_second)
+    assert num_parts > 2 and len(list(tmp_path.iterdir())) == 2
+    np.testing.assert_allclose(vectors.embed(texts, embedder, tmp_path, said.append), expected, atol=2e-3)
+    assert len(said) == num_parts, "each part once"
+    assert said[-1] == f"embedded {len(texts)} of {len(texts)} descriptions"
 
 
 def test_searching_leaves_the_processs_threads_alone(prepared: Path) -> None:
