@@ -2,8 +2,8 @@
 
 `Kernel` is a class for `environment: {type: functions}`: its methods `compile` and `run` are the tools of one rollout,
 and the rollout's row says which kernel it is about. Whatever the model wrote is compiled and executed in the sandbox
-alone, behind grader.py's seccomp filter; the row's reference and hidden shapes are never shown. A row's `language` is c
-or one of languages/.
+alone, behind the seccomp filter of programs/runner.py; the row's reference and hidden shapes are never shown. A row's
+`language` is c or one of languages/.
 The dataset is written by scripts/prepare_kernels.
 """
 
@@ -18,8 +18,10 @@ from rft.envs.tasks import ArgumentError
 from rft.errors import ToolError
 from rft.sandbox import CodeError, Sandbox, SandboxError
 
-_TEXTS = ("grader.py", "languages/mojo.py")  # as in configs/kernels.yaml
-GRADER_SOURCE = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in _TEXTS)
+TEXTS = ("programs/runner.py", "programs/judge.py", "programs/compiling.py", "languages/mojo.py", "grader.py")
+"""What a grader's `source` joins, in this order, as configs/kernels.yaml does."""
+
+GRADER_SOURCE = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in TEXTS)
 _MAX_CHARS = 240  # of what a compiler says; the first line is what helps
 _CALL_S = 90.0  # a little more than all that the grader's limits permit
 _CURE = "Linux with namespaces and seccomp; a C compiler: apt-get install gcc libc6-dev; for Mojo also mojo-compiler"

@@ -1,4 +1,4 @@
-"""Mojo kernels: signature, and the way from a model's code to kernel.so. Joined to grader.py in a grader's `source`.
+"""Mojo kernels: signature, and the way from a model's code to kernel.so. Follows programs/compiling.py in a `source`.
 
 The code is a module of its own, called by one that a model cannot touch. The compiler runs in the sandbox, without a
 network (it would report its use), and interprets compile-time code, for which it knows no system call. gcc links its
@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __name__ != "source":  # in the sandbox this is one text with it
-    from rft.envs.tasks.kernels.grader import COMPILE_S, LANGUAGES, Language, execute, gcc_path
+    from rft.envs.tasks.kernels.programs.compiling import COMPILE_S, LANGUAGES, Language, execute, gcc_path
 
 MOJO_VERSION = "1.2.0"  # of a language that still changes
 MOJO_CURE = (
