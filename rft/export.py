@@ -17,6 +17,7 @@ from rft import checkpoints
 from rft.errors import StorageError, UserError
 from rft.metrics import best_steps
 from rft.store import RunStore
+from rft.threads import LOADING_A_MODEL
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_FILE = "model.safetensors"  # of a run without adapters
@@ -106,7 +107,8 @@ def _model(base: Path, checkpoint: Path, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    with LOADING_A_MODEL:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
     if (checkpoint / WHOLE_FILE).is_file():
         return _replaced(model, checkpoint / WHOLE_FILE)
     from peft import PeftModel

@@ -13,6 +13,11 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+LOADING_A_MODEL = threading.Lock()
+"""Held while transformers loads a model: it swaps `PreTrainedModel.tie_weights` meanwhile and puts back what it found,
+so that of two loads at once in one process one may leave it swapped, and no model is tied from then on.
+"""
+
 
 class DaemonThreads(ThreadPoolExecutor):
     """For `loop.set_default_executor`: one daemon thread per call, so that one stuck call never delays another.

@@ -25,7 +25,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rft.config import ModelConfig, TransformersEngineConfig, VllmEngineConfig, validate_config
 from rft.engines import Completion, Engine, PublishedWeights, SamplingParams, build_engine
@@ -314,6 +314,35 @@ def test_cancelled_request_leaves_the_others_alone(local: Rig) -> None:
         return (await asyncio.gather(tasks[0], tasks[2]))[1]
 
     assert len(local.run(cancel_one()).ids) == 30
+
+
+def test_engines_of_one_process_load_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes the tying of weights away while it loads: two loads at once may take it away for good."""
+    tie, load = PreTrainedModel.tie_weights, AutoModelForCausalLM.from_pretrained
+    at_once: list[int] = []
+    num_loading = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_loading
+        num_loading += 1
+        at_once.append(num_loading)
+        try:
+            return load(*arguments, **options)
+        finally:
+            num_loading -= 1
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+
+    async def start_together() -> None:
+        engines = [transformers_engine(folder) for _ in range(4)]
+        try:
+            await asyncio.gather(*(engine.start() for engine in engines))
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    asyncio.run(start_together())
+    assert at_once == [1] * 4 and PreTrainedModel.tie_weights is tie
 
 
 def test_engine_that_was_not_started_says_so(folder: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rft.errors import ConfigError
+from rft.threads import LOADING_A_MODEL
 from rft.trainers.attention import choose_attention
 
 
@@ -23,7 +24,8 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, field: str 
         cure = "run scripts/prepare_model, or give a folder that transformers can load (config.json, *.safetensors)"
         raise ConfigError(problem, where=f"{field}: {path}", cure=cure)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+        with LOADING_A_MODEL:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         cure = "check the folder's files against the model's source"
         raise ConfigError(f"cannot be loaded: {error}", where=f"{field}: {path}", cure=cure) from error

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from rft.config import ModelConfig, TransformersEngineConfig
 from rft.engines import Completion, EngineLoad, PublishedWeights, SamplingParams
 from rft.errors import EngineError
+from rft.threads import LOADING_A_MODEL
 
 T = TypeVar("T")
 
@@ -126,7 +127,8 @@ class TransformersEngine:
         dtype = getattr(torch, self._config.dtype or self._model_config.dtype)
         loaded: Any
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
+            with LOADING_A_MODEL:
+                loaded = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **options)
         except (OSError, ValueError) as error:
             raise EngineError(f"{path} cannot be loaded: {error}", cure="check model.path") from error
         model: PreTrainedModel = loaded[0]
