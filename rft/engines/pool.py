@@ -30,7 +30,7 @@ OUR_PLACE = "the engine"  # how the name of an outage of ours begins
 
 _NUM_KEPT_HOMES = 65_536
 _MAX_MOVES = 2  # of one request, to other engines
-_MAX_OUTAGES = 3  # that one request waits for: what it asks may be what the engines die of
+_MAX_OUTAGES = 3  # and losses of weights that one request waits for: what it asks may be what the engines die of
 _VERDICT_LIMIT_S = 600.0  # while no engine serves and one is being loaded
 
 
@@ -108,11 +108,12 @@ class EnginePool:
             home = await self._place(prompt_ids, rollout_id, tried)
             try:
                 completion = await self._ask(home.member, prompt_ids, params, rollout_id)
+            except EngineBehindError as error:
+                self._caretaker.fail(home.member, error)
+                raise
             except EngineError as error:
                 tried.append(home.member)
                 await self._note(home, error)
-                if isinstance(error, EngineBehindError):
-                    raise
                 if len(tried) > self._max_moves and not await self._are_all_away():
                     where = ", ".join(member.name for member in tried)
                     raise EngineError(f"{error.problem} (tried: {where})", retryable=True, cure=error.cure) from error
